@@ -1,0 +1,1 @@
+"""Training recipes, run from the root of the repository; not a part of the installed package."""

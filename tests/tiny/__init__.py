@@ -1,0 +1,1 @@
+"""Parts of the tiny pipelines: text components and the fit of the last layers."""
