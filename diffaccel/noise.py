@@ -20,6 +20,7 @@ References:
     Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364 (edm).
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from .errors import UnsupportedScheduler
 
-__all__ = ["Kind", "NoiseLevel", "Path", "Prediction", "is_stochastic", "path_of"]
+__all__ = ["Kind", "NoiseLevel", "Path", "Prediction", "is_stochastic", "path_of", "probe"]
 
 Kind = Literal["vp", "ve", "edm", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
@@ -222,6 +223,18 @@ def path_of(scheduler: Any) -> Path:
     if not ready:
         raise UnsupportedScheduler(f"{name} has no levels yet; call its set_timesteps first")
     return _FAMILIES[name](scheduler, name)
+
+
+def probe(scheduler: Any) -> Path:
+    """Returns the path of ten steps of a scheduler, which is left as it is: what can be known before a call.
+
+    Raises:
+        UnsupportedScheduler: As `path_of`.
+    """
+    trial = copy.deepcopy(scheduler)
+    if _known(trial, _FAMILIES):
+        trial.set_timesteps(10, **({"mu": 1.0} if _setting(trial, "use_dynamic_shifting") else {}))
+    return path_of(trial)
 
 
 def is_stochastic(scheduler: Any) -> str | None:

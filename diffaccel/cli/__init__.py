@@ -1,0 +1,1 @@
+"""The command line: ``diffaccel list | generate | bench | demo``."""

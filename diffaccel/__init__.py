@@ -1,0 +1,45 @@
+"""diffaccel: faster diffusers pipelines.
+
+Importing it gives ``DiffusionPipeline.to`` of diffusers the keyword ``accel``::
+
+    from diffaccel import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("...").to("cuda", accel="sada")
+"""
+
+from diffusers import DiffusionPipeline, ModularPipeline
+
+from . import zoo
+from .errors import (
+    AcceleratorConflict,
+    DiffaccelError,
+    ModelError,
+    OptionError,
+    UnknownAccelerator,
+    UnsupportedPipeline,
+    UnsupportedScheduler,
+)
+from .pipelines import Accel, Accelerator, Report, Reuse, Sada, accelerate, install
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accel",
+    "Accelerator",
+    "AcceleratorConflict",
+    "DiffaccelError",
+    "DiffusionPipeline",
+    "ModelError",
+    "OptionError",
+    "Report",
+    "Reuse",
+    "Sada",
+    "UnknownAccelerator",
+    "UnsupportedPipeline",
+    "UnsupportedScheduler",
+    "accelerate",
+    "zoo",
+]
+
+install(DiffusionPipeline)
+install(ModularPipeline)

@@ -1,0 +1,185 @@
+"""What an accelerator is, the registry of all of them, and how a user's specification becomes a stack."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import nn
+
+from ..errors import AcceleratorConflict, OptionError, UnknownAccelerator, closest
+
+if TYPE_CHECKING:
+    from .run import BlockCall, Evaluation, Run, Update
+
+__all__ = ["Accelerator", "Proceed", "option", "registry", "resolve", "tag"]
+
+Proceed = Callable[[Any], Any]
+
+_REGISTRY: dict[str, type["Accelerator"]] = {}
+_ORDER = {"guidance": 0, "skip": 1, "": 2, "blocks": 3}  # outermost first
+
+
+def option(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+) -> Any:
+    """Returns a dataclass field: an option of the default's type, within bounds or out of some choices.
+
+    Arguments:
+        default: The default value; its type (bool, int, float, str) is the type of the option.
+        low: The least allowed value.
+        high: The largest allowed value.
+        choices: All allowed values.
+    """
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclasses.dataclass
+class Accelerator:
+    """Base of all accelerators: wraps network evaluations, solver updates and blocks of a pipeline.
+
+    The fields of a subclass are its options, made by `option` and checked when an object is created.  The
+    user's object is a template: every pipeline call works on a copy, whose state is created in `start`.  All
+    seams pass the call on by default; not calling ``proceed`` skips what it stands for.  A subclass that has
+    a ``name`` is registered under it.
+    """
+
+    name: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    exclusive: ClassVar[str] = ""
+    """The kind: "guidance", "skip", "blocks" or "". One of a kind in a stack, which is ordered by kinds."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Registers the subclass by its name."""
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            _REGISTRY[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            OptionError: If an option has a wrong type or value.
+        """
+        for field in dataclasses.fields(self):
+            if "choices" in field.metadata:
+                _check_option(self.name, field, getattr(self, field.name))
+                if isinstance(field.default, float):
+                    setattr(self, field.name, float(getattr(self, field.name)))
+
+    @classmethod
+    def create(cls, preset: str = "", **options: Any) -> Self:
+        """Creates the accelerator from a preset, some options of which are replaced.
+
+        Raises:
+            UnknownAccelerator: If the preset is unknown.
+            OptionError: If an option is unknown or has a wrong value.
+        """
+        if preset and preset not in cls.presets:
+            raise UnknownAccelerator(f"{cls.name} has no preset {preset!r}; {closest(preset, cls.presets)}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                raise OptionError(f"{cls.name} has no option {key!r}; {closest(str(key), known)}")
+        return cls(**{**cls.presets.get(preset, {}), **options})
+
+    def check(self, pipe: Any) -> str | None:
+        """Returns why the accelerator cannot serve this pipeline as it is now, or None if it can."""
+        return None
+
+    def start(self, run: "Run") -> None:
+        """Begins a sampling loop: creates all state anew (called again for every loop of a cascade)."""
+
+    def evaluate(self, call: "Evaluation", proceed: Proceed) -> Any:
+        """Wraps one evaluation of a network; returns its output as the network packs it."""
+        return proceed(call)
+
+    def update(self, call: "Update", proceed: Proceed) -> Any:
+        """Wraps one update of the solver; returns the scheduler's output as it packs it."""
+        return proceed(call)
+
+    def blocks(self, pipe: Any) -> list[nn.Module]:
+        """Returns the sub-modules of the denoisers whose calls go through `block`."""
+        return []
+
+    def block(self, call: "BlockCall", proceed: Proceed) -> Any:
+        """Wraps one call of a sub-module that `blocks` has named."""
+        return proceed(call)
+
+
+def registry() -> dict[str, type[Accelerator]]:
+    """Returns all known accelerators by name, sorted."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def resolve(spec: Any) -> list[Accelerator]:
+    """Turns what a user writes into a stack: new objects, outermost first.
+
+    Arguments:
+        spec: ``"name"``, ``"name:preset"``, a mapping of such names to options, an `Accelerator`, or a list
+            or tuple of these.
+
+    Raises:
+        UnknownAccelerator: If a name or preset is unknown.
+        OptionError: If an option, or the specification itself, is of no use.
+        AcceleratorConflict: If two accelerators are of one exclusive kind.
+    """
+    stack = _expand(spec)
+    for kind in _ORDER:
+        same = [accelerator.name for accelerator in stack if kind and accelerator.exclusive == kind]
+        if len(same) > 1:
+            raise AcceleratorConflict(f"{same[0]!r} and {same[1]!r} are both of the kind {kind!r}; use one")
+    return sorted(stack, key=lambda accelerator: _ORDER[accelerator.exclusive])
+
+
+def tag(accelerator: Accelerator) -> str:
+    """Returns a one-line tag such as ``sada(tolerance=0.01)``: the name and the changed options."""
+    changed = [
+        f"{field.name}={getattr(accelerator, field.name)}"
+        for field in dataclasses.fields(accelerator)
+        if getattr(accelerator, field.name) != field.default
+    ]
+    return f"{accelerator.name}({', '.join(changed)})" if changed else accelerator.name
+
+
+def _expand(spec: Any) -> list[Accelerator]:
+    if isinstance(spec, Accelerator):
+        return [copy.copy(spec)]
+    if isinstance(spec, str):
+        return [_create(spec, {})]
+    if isinstance(spec, Mapping):
+        return [_create(name, options) for name, options in spec.items()]
+    if isinstance(spec, (list, tuple)):
+        return [accelerator for item in spec for accelerator in _expand(item)]
+    raise OptionError(
+        f"accel={spec!r} is a {type(spec).__name__}; expected a name, 'name:preset', {{name: options}}, "
+        f"an Accelerator, a list of these, or None; known: {', '.join(registry())}"
+    )
+
+
+def _create(text: str, options: Any) -> Accelerator:
+    if not isinstance(text, str) or not isinstance(options, Mapping):
+        raise OptionError(f"accel={{{text!r}: {options!r}}}: expected a name and a mapping of its options")
+    name, _, preset = text.partition(":")
+    if name not in _REGISTRY:
+        raise UnknownAccelerator(f"no accelerator {name!r}; {closest(name, _REGISTRY)}")
+    return _REGISTRY[name].create(preset, **options)
+
+
+def _check_option(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    expected = type(field.default)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = number if expected is float else number and value == int(value) if expected is int else False
+    if not (fits or type(value) is expected):
+        raise OptionError(f"{name}: {field.name}={value!r} is not of type {expected.__name__}")
+    if choices is not None and value not in choices:
+        raise OptionError(f"{name}: {field.name}={value!r} is none of {', '.join(map(repr, choices))}")
+    above, below = low is None or value >= low, high is None or value <= high  # both False for NaN
+    if not (above and below):
+        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+        raise OptionError(f"{name}: {field.name}={value!r} is outside {bounds}")

@@ -1,0 +1,81 @@
+"""Gates: what stands on a component while an accelerated call runs, and only then.
+
+A gate is an instance attribute in the place of a method.  It keeps no state of a call; it asks a context
+variable for the run that its thread is in, and passes the call on where there is none.  Several runs that
+share a component share its gate.
+"""
+
+import copy
+import functools
+import threading
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["CURRENT", "Gate", "close_gate", "is_compiled", "open_gate", "seam"]
+
+CURRENT: ContextVar["Run | None"] = ContextVar("diffaccel_run", default=None)
+
+_LOCK = threading.Lock()
+
+
+class Gate:
+    """Stands for ``owner.attribute``; looks like it to `inspect.signature`."""
+
+    def __init__(self, owner: Any, attribute: str) -> None:
+        self.owner, self.attribute, self.users = owner, attribute, 0
+        self.original = getattr(owner, attribute)
+        self.replaced = owner.__dict__.get(attribute)
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hands the call to the run of this thread, if it has opened the gate."""
+        run = CURRENT.get()
+        if run is None or not run.owns(self):
+            return self.original(*args, **kwargs)
+        return run.enter(self, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """In a copy of the owner the plain method takes the gate's place."""
+        if self.replaced is not None:
+            return copy.deepcopy(self.replaced, memo)
+        return functools.partial(getattr(type(self.owner), self.attribute), memo[id(self.owner)])
+
+
+def open_gate(owner: Any, attribute: str) -> Gate:
+    """Puts a gate on a component, or joins the one that is there."""
+    with _LOCK:
+        gate = owner.__dict__.get(attribute)
+        if not isinstance(gate, Gate):
+            gate = owner.__dict__[attribute] = Gate(owner, attribute)
+        gate.users += 1
+        return gate
+
+
+def close_gate(gate: Gate) -> None:
+    """Leaves a gate; the last to leave removes it, unless something else has taken its place meanwhile."""
+    with _LOCK:
+        gate.users -= 1
+        if gate.users or gate.owner.__dict__.get(gate.attribute) is not gate:
+            return
+        if gate.replaced is None:
+            del gate.owner.__dict__[gate.attribute]
+        else:
+            gate.owner.__dict__[gate.attribute] = gate.replaced
+
+
+def seam(module: nn.Module) -> str:
+    """Returns the attribute of a module that a gate replaces: always outside of compiled code."""
+    return "_compiled_call_impl" if getattr(module, "_compiled_call_impl", None) is not None else "forward"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Returns whether a module or a part of it is compiled, so that new shapes would compile it again."""
+    return any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
+        for part in module.modules()
+    )

@@ -1,0 +1,119 @@
+"""Correction of the past: once a skipped stretch has ended, its solver updates are done again, better.
+
+While steps are skipped, predictions can only be extrapolated.  The next computed prediction lies beyond them,
+so that they can be interpolated; the updates of the solver since then cost nothing beside the network.  They
+are repeated from the state that the scheduler had, which works for any deterministic scheduler, as the
+corrector of a predictor-corrector method does for one family (UniPC, arXiv 2302.04867), and at no further
+evaluation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .accelerator import Proceed
+from .history import select
+from .run import Update
+
+__all__ = ["Replay"]
+
+
+@dataclass
+class _Moment:
+    """What is needed to repeat one update: the scheduler's state before it, and the call."""
+
+    state: dict[str, Any]
+    call: Update
+    proceed: Proceed
+    skipped: np.ndarray
+
+
+class Replay:
+    """The updates since the oldest stretch that a sample is still skipping."""
+
+    def __init__(self) -> None:
+        self._moments: list[_Moment] = []
+        self._returned: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forgets all updates."""
+        self._moments.clear()
+
+    def follows(self, sample: Tensor) -> bool:
+        """Returns whether the pipeline goes on with the very sample that the last update gave."""
+        last = self._returned
+        if last is None or last.shape != sample.shape:
+            return False
+        return last is sample or torch.equal(last, sample)
+
+    def step(self, call: Update, proceed: Proceed, skipped: np.ndarray, keep: bool) -> Any:
+        """Makes an update, and remembers it if it may have to be repeated.
+
+        Arguments:
+            call: The update.
+            proceed: What makes it.
+            skipped: The samples whose prediction is extrapolated, bool (B).
+            keep: Whether repetition is wanted.
+        """
+        waiting = skipped.copy()  # samples whose stretch goes on
+        first = len(self._moments)
+        for position in reversed(range(len(self._moments))):
+            waiting &= self._moments[position].skipped
+            if not waiting.any():
+                break
+            first = position
+        del self._moments[:first]
+        if keep and skipped.any():
+            self._moments.append(_Moment(_state(call.run.scheduler), call, proceed, skipped))
+        else:
+            self._moments.clear()
+        result = proceed(call)
+        self._returned = result[0]
+        return result
+
+    def correct(self, call: Update, due: np.ndarray, interpolated: Callable[[Update], Tensor]) -> Update:
+        """Repeats the updates of a stretch that has ended.
+
+        Arguments:
+            call: The update that ends it.
+            due: The samples whose stretch has ended, bool (B).
+            interpolated: Gives the better x0 at an earlier update, (B, *).
+
+        Returns:
+            The update with the corrected sample; the scheduler's memory is corrected as well.
+        """
+        scheduler, path = call.run.scheduler, call.run.path
+        open_, begin = due.copy(), len(self._moments)
+        for position in reversed(range(len(self._moments))):
+            open_ &= self._moments[position].skipped
+            if not open_.any():
+                break
+            begin = position
+        moments = self._moments[begin:]
+        if not moments:
+            return call
+        scheduler.__dict__.update(_state_copy(moments[0].state))
+        sample = moments[0].call.sample
+        for offset, moment in enumerate(moments):
+            rows = due.copy()
+            for later in moments[offset:]:
+                rows &= later.skipped
+            level, old = path[moment.call.index], moment.call
+            better = level.output(interpolated(old), sample).to(old.output.dtype)
+            moment.state = _state(scheduler)
+            moment.call = replace(old, sample=sample, output=select(rows, better, old.output))
+            sample = moment.proceed(moment.call)[0]
+        return replace(call, sample=select(due, sample.to(call.sample.dtype), call.sample))
+
+
+def _state(scheduler: Any) -> dict[str, Any]:
+    """Returns what a scheduler remembers; schedulers replace tensors and change lists."""
+    return _state_copy(scheduler.__dict__)
+
+
+def _state_copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, list) else value for key, value in state.items()}

@@ -1,0 +1,74 @@
+"""Evaluating a network on some samples of a batch: rows of its arguments, and of its outputs.
+
+Guidance stacks whole batches, so that row r of a network's input belongs to sample r mod B, whatever the
+order of the branches.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["merge_rows", "rows_of", "take_rows"]
+
+_UNBATCHED = ("ids", "rotary", "freqs", "scale")
+"""Words in the names of arguments that all rows share, however long they happen to be."""
+
+
+def rows_of(samples: Sequence[int], batch: int, rows: int) -> list[int]:
+    """Returns the rows of a network's input that belong to some samples.
+
+    Arguments:
+        samples: Positions in the batch.
+        batch: The number of samples B.
+        rows: The rows of the network's input, a multiple of B.
+    """
+    return [start + sample for start in range(0, rows, batch) for sample in samples]
+
+
+def take_rows(value: Any, index: Sequence[int], size: int, name: str = "") -> Any:
+    """Returns an argument of a network for some rows of its batch.
+
+    Arguments:
+        value: A tensor, a list with one entry a row, or a container of these; anything else is shared.
+        index: The rows.
+        size: The number of all rows.
+        name: The argument's name.
+    """
+    if any(word in name for word in _UNBATCHED) and not isinstance(value, dict):
+        return value
+    if isinstance(value, Tensor):
+        batched = value.ndim > 0 and len(value) == size
+        return value[torch.as_tensor(index, device=value.device)] if batched else value
+    if isinstance(value, dict):
+        return {key: take_rows(item, index, size, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        tensors = any(isinstance(item, Tensor) and item.ndim > 0 and len(item) == size for item in value)
+        if len(value) == size and not tensors:
+            return type(value)([value[row] for row in index])
+        return type(value)([take_rows(item, index, size) for item in value])
+    return value
+
+
+def merge_rows(whole: Any, part: Any, index: Sequence[int], size: int) -> Any:
+    """Returns a network's output ``whole`` with the rows ``index`` replaced by those of ``part``.
+
+    Both are packed as the network packs its output; ``whole`` is left as it is.
+    """
+    leaves, structure = pytree.tree_flatten(whole)
+    fresh = pytree.tree_leaves(part)
+    if isinstance(whole, tuple) and leaves and len(leaves) == size and len(fresh) == len(index):
+        for row, leaf in zip(index, fresh, strict=True):  # one tensor a row
+            leaves[row] = leaf
+        return pytree.tree_unflatten(leaves, structure)
+    return pytree.tree_unflatten(
+        [_merge(old, new, index, size) for old, new in zip(leaves, fresh, strict=True)], structure
+    )
+
+
+def _merge(old: Any, new: Any, index: Sequence[int], size: int) -> Any:
+    if isinstance(old, Tensor) and old.ndim > 0 and len(old) == size:
+        return old.index_copy(0, torch.as_tensor(index, device=old.device), new)
+    return new
