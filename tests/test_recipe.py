@@ -198,11 +198,11 @@ def test_stream(folder):
     batches = [stream.next(5) for _ in range(400)]
     seen = torch.cat([batch.kinds for batch in batches[:2]])
     assert torch.equal(seen.sort().values, split.kinds.sort().values)  # one pass has every image once
-    colours = torch.cat([batch.colours for batch in batches])
-    assert abs((colours == 0).float().mean() - 0.5) < 0.05 and colours.max() == 8
+    colors = torch.cat([batch.colors for batch in batches])
+    assert abs((colors == 0).float().mean() - 0.5) < 0.05 and colors.max() == 8
     red = data.paint(torch.full((1, 32, 32), 255, dtype=torch.uint8), torch.tensor([2]))
-    assert torch.allclose((red[0, :, 0, 0] + 1) / 2, torch.tensor(fashion.COLOURS["red"]))
-    assert batches[0].labels.tolist() == (10 * batches[0].colours + batches[0].kinds).tolist()
+    assert torch.allclose((red[0, :, 0, 0] + 1) / 2, torch.tensor(fashion.COLORS["red"]))
+    assert batches[0].labels.tolist() == (10 * batches[0].colors + batches[0].kinds).tolist()
 
 
 def test_architectures_are_those_of_the_zoo():

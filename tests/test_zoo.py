@@ -60,7 +60,7 @@ def test_two_steps(name):
     assert abs(images[0] - images[1]).max() > 0.1  # not blank, and the condition matters
 
 
-def test_colour_follows_the_prompt():
+def test_color_follows_the_prompt():
     pipe = zoo.load("tiny-fashion-sd")
     pipe.set_progress_bar_config(disable=True)
     pixels = pipe(["a red coat", "a blue coat"], num_inference_steps=8, guidance_scale=2.5,

@@ -1,4 +1,4 @@
-"""How accelerators get on a pipeline and off again: ``accelerate(pipe, ...)``, also as ``pipe.to(accel=...)``.
+"""How accelerators get on a pipeline and off again: ``accelerate(pipe, ...)`` and ``pipe.to(accel=...)``.
 
 The pipeline object gets a subclass of its own class, of the same name, whose ``__call__`` opens a run.  No
 class of diffusers is changed but for the one function ``to``, and between calls no component is touched.

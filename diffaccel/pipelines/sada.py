@@ -26,16 +26,16 @@ class Sada(Accelerator):
     """Stability-guided adaptive acceleration, step-wise, for every deterministic solver and prediction type.
 
     At a skipped step no network runs (a ControlNet neither); the guided x0 is reconstructed from history and
-    handed to the solver as an ordinary output.  Every sample of a batch decides for itself, and the network is
-    run for the samples that need it; compiled networks, which a new batch size would compile again, are run for
+    handed to the solver as an ordinary output.  Every sample of a batch decides for itself, and the network
+    runs for the samples that need it; a compiled network, which a new batch size would compile again, runs for
     all samples as soon as one needs it.  The first steps and the last one always run.  Reduces to the plain
     pipeline, bit for bit, for ``max_skips=0`` or ``skip_from=1``.
 
     The default goes beyond the paper, since it measures better (docs/sada.md): `ErrorRule` decides, and once a
     stretch of skipped steps has ended, its solver updates are repeated with interpolated predictions
     (`Replay`).  The preset ``"paper"`` follows the formulas of the paper, see `StabilityRule`.  The token-wise
-    part of the paper (recomputing unstable tokens only) is left out here: it needs attention processors of its
-    own for each family.
+    part of the paper (recomputing unstable tokens only) is left out here: it needs attention processors of
+    its own for each family.
 
     References:
         SADA: Stability-guided Adaptive Diffusion Acceleration (2025), arXiv 2507.17135.
@@ -56,8 +56,8 @@ class Sada(Accelerator):
 
     name: ClassVar[str] = "sada"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "precise": {"tolerance": 0.0015},
-        "fast": {"tolerance": 0.006},
+        "precise": {"tolerance": 0.003},
+        "fast": {"tolerance": 0.014},
         "paper": {
             "criterion": "stability",
             "max_skips": 4,
@@ -69,7 +69,7 @@ class Sada(Accelerator):
     exclusive: ClassVar[str] = "skip"
 
     criterion: str = option("error", choices=("error", "stability"))
-    tolerance: float = option(0.003, low=0.0)
+    tolerance: float = option(0.007, low=0.0)
     max_skips: int = option(3, low=0)
     skip_from: float = option(0.1, low=0.0, high=1.0)
     skip_until: float = option(1.0, low=0.0, high=1.0)

@@ -43,11 +43,11 @@ class ErrorRule:
 
     x0 is extrapolated by the polynomial through the last n computed predictions in lambda.  Where a prediction
     is computed, the extrapolation e is known to be wrong by |x0 - e|; the error at k further skips grows as
-    the node polynomial, prod_j |u_k - u_j|.  An error of x0 in the update from S to S' changes x / alpha by
-    (1 - S'/S) of it, and the flow to the end shrinks that by about alpha' = 1 / sqrt(1 + S'^2) for data of
-    unit variance.  The next k updates are skipped while
+    the node polynomial, prod_j |u_k - u_j|.  The update from S to S' is x'/alpha' = (S'/S) x/alpha +
+    (1 - S'/S) x0, so that an error of x0 moves the sample by (1 - S'/S) of it.  The next k updates are skipped
+    while
 
-        |x0 - e| / |x0|  x  prod_j |u_k - u_j| / prod_j |u_0 - u_j|  x  (1 - S'/S) alpha'  <  tolerance.
+        |x0 - e| / |x0|  x  prod_j |u_k - u_j| / prod_j |u_0 - u_j|  x  (1 - S'/S)  <  tolerance.
 
     Only computed predictions are ever compared (reconstructed ones are smooth by construction), so that the
     rule does not confirm itself; it is unchanged by rotations and reflections of the data.
@@ -101,9 +101,8 @@ class ErrorRule:
 
 
 def _influence(path: Path, index: int) -> float:
-    """Returns (1 - S'/S) alpha' for the update from ``index`` to the next."""
-    ratio, following = (math.exp(-max(path[i].log_snr, -50.0)) for i in (index, index + 1))
-    return (1 - following / ratio) / math.sqrt(1 + following**2)
+    """Returns 1 - S'/S for the update from ``index`` to the next."""
+    return 1 - math.exp(max(path[index].log_snr, -50.0) - max(path[index + 1].log_snr, -50.0))
 
 
 class StabilityRule:

@@ -1,8 +1,8 @@
-"""The vocabulary of the tiny-fashion models: classes, colours, captions and labels.
+"""The vocabulary of the tiny-fashion models: classes, colors, captions and labels.
 
-An image shows one of ten classes and has one of nine colour numbers: 0 for the original grey image, whose
-caption names no colour, and 1 to 8 for an image multiplied by the red, green and blue factors of ``COLOURS``.
-The label of the class-conditional model is ``id = 10 colour + class``.
+An image shows one of ten classes and has one of nine color numbers: 0 for the original grey image, whose
+caption names no color, and 1 to 8 for an image multiplied by the red, green and blue factors of ``COLORS``.
+The label of the class-conditional model is ``id = 10 color + class``.
 """
 
 import random
@@ -10,7 +10,7 @@ import random
 __all__ = [
     "CAPTIONS",
     "CLASSES",
-    "COLOURS",
+    "COLORS",
     "ID2LABEL",
     "LABELS",
     "NULL_LABEL",
@@ -26,8 +26,8 @@ CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
-COLOURS: dict[str, tuple[float, float, float]] = {  # colour number 1, 2, ...
-    "white": (1.0, 1.0, 1.0),  # the same picture as colour 0, but named
+COLORS: dict[str, tuple[float, float, float]] = {  # color number 1, 2, ...
+    "white": (1.0, 1.0, 1.0),  # the same picture as color 0, but named
     "red": (0.9, 0.12, 0.12),
     "orange": (1.0, 0.55, 0.1),
     "yellow": (0.95, 0.9, 0.15),
@@ -40,28 +40,28 @@ TEMPLATES = ("{}", "a {}", "a photo of a {}")
 NULL_LABEL = 1000  # the unconditional label, which DiTPipeline hard-codes
 
 
-def phrase(kind: int, colour: int = 0) -> str:
-    """Returns the words for class number ``kind`` in colour number ``colour``, such as "red ankle boot"."""
-    return f"{list(COLOURS)[colour - 1]} {CLASSES[kind]}" if colour else CLASSES[kind]
+def phrase(kind: int, color: int = 0) -> str:
+    """Returns the words for class number ``kind`` in color number ``color``, such as "red ankle boot"."""
+    return f"{list(COLORS)[color - 1]} {CLASSES[kind]}" if color else CLASSES[kind]
 
 
-def label(kind: int, colour: int = 0) -> int:
-    """Returns the label number of class number ``kind`` in colour number ``colour``."""
-    return len(CLASSES) * colour + kind
+def label(kind: int, color: int = 0) -> int:
+    """Returns the label number of class number ``kind`` in color number ``color``."""
+    return len(CLASSES) * color + kind
 
 
-def caption(kind: int, colour: int = 0, template: int = 2) -> str:
-    """Returns the caption of class ``kind`` in ``colour`` with the wording ``TEMPLATES[template]``."""
-    return TEMPLATES[template].format(phrase(kind, colour))
+def caption(kind: int, color: int = 0, template: int = 2) -> str:
+    """Returns the caption of class ``kind`` in ``color`` with the wording ``TEMPLATES[template]``."""
+    return TEMPLATES[template].format(phrase(kind, color))
 
 
-LABELS = [phrase(kind, colour) for colour in range(1 + len(COLOURS)) for kind in range(len(CLASSES))]
+LABELS = [phrase(kind, color) for color in range(1 + len(COLORS)) for kind in range(len(CLASSES))]
 ID2LABEL = {str(number): words for number, words in enumerate(LABELS)}  # as in model_index.json
 CAPTIONS = [template.format(words) for words in LABELS for template in TEMPLATES]  # 3 label + template
 
 
 def labels(n: int, seed: int = 0) -> list[int]:
-    """Returns ``n`` labels: all classes equally often, and as in training half of them without a colour.
+    """Returns ``n`` labels: all classes equally often, and as in training half of them without a color.
 
     Arguments:
         n: The number of labels.
@@ -71,8 +71,8 @@ def labels(n: int, seed: int = 0) -> list[int]:
     kinds: list[int] = []
     while len(kinds) < n:
         kinds += rng.sample(range(len(CLASSES)), len(CLASSES))
-    rng = random.Random(f"colours {seed}")
-    return [label(kind, rng.choice((0, rng.randint(1, len(COLOURS))))) for kind in kinds[:n]]
+    rng = random.Random(f"colors {seed}")
+    return [label(kind, rng.choice((0, rng.randint(1, len(COLORS))))) for kind in kinds[:n]]
 
 
 def prompts(n: int, seed: int = 0) -> list[str]:

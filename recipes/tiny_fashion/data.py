@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its IDX files, padded to 32x32, coloured, and served in an endless shuffled stream."""
+"""Fashion-MNIST from its IDX files, padded to 32x32, colored, and served in an endless shuffled stream."""
 
 import gzip
 import zlib
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffaccelError
-from diffaccel.zoo.fashion import CLASSES, COLOURS
+from diffaccel.zoo.fashion import CLASSES, COLORS
 
 __all__ = ["DEBIAN_FOLDER", "Batch", "DataError", "Fashion", "Stream", "held_out", "load", "paint"]
 
@@ -34,16 +34,16 @@ class Fashion:
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` of shape (B, 3, 32, 32) in [-1, 1], with class and colour numbers of shape (B)."""
+    """``images`` of shape (B, 3, 32, 32) in [-1, 1], with class and color numbers of shape (B)."""
 
     images: Tensor
     kinds: Tensor
-    colours: Tensor
+    colors: Tensor
 
     @property
     def labels(self) -> Tensor:
         """The label numbers, of shape (B)."""
-        return len(CLASSES) * self.colours + self.kinds
+        return len(CLASSES) * self.colors + self.kinds
 
 
 def load(split: str, folder: str | Path = DEBIAN_FOLDER) -> Fashion:
@@ -85,18 +85,18 @@ def _read(file: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(fields[1], *shape)
 
 
-def paint(grey: Tensor, colours: Tensor) -> Tensor:
-    """Multiplies grey images of shape (B, 32, 32) in bytes by their colours; (B, 3, 32, 32) in [-1, 1]."""
-    factors = torch.tensor([(1.0, 1.0, 1.0), *COLOURS.values()])[colours]
+def paint(grey: Tensor, colors: Tensor) -> Tensor:
+    """Multiplies grey images of shape (B, 32, 32) in bytes by their colors; (B, 3, 32, 32) in [-1, 1]."""
+    factors = torch.tensor([(1.0, 1.0, 1.0), *COLORS.values()])[colors]
     return grey[:, None].float() / 127.5 * factors[:, :, None, None] - 1
 
 
 class Stream:
-    """An endless stream of coloured images, each once per pass over the data, in a new order every time.
+    """An endless stream of colored images, each once per pass over the data, in a new order every time.
 
     Arguments:
         data: The images.
-        generator: The source of the orders and the colours.
+        generator: The source of the orders and the colors.
         flip: Whether to mirror half of the images.
     """
 
@@ -105,18 +105,18 @@ class Stream:
         self.order = torch.empty(0, dtype=torch.int64)  # what is left of this pass
 
     def next(self, n: int) -> Batch:
-        """Draws ``n`` images; half of them keep their grey values, and name no colour."""
+        """Draws ``n`` images; half of them keep their grey values, and name no color."""
         while len(self.order) < n:
             again = torch.randperm(len(self.data.grey), generator=self.generator)
             self.order = torch.cat([self.order, again])
         chosen, self.order = self.order[:n], self.order[n:]
-        colours = torch.randint(1, 1 + len(COLOURS), (n,), generator=self.generator)
-        colours *= torch.rand(n, generator=self.generator) < 0.5
-        images = paint(self.data.grey[chosen], colours)
+        colors = torch.randint(1, 1 + len(COLORS), (n,), generator=self.generator)
+        colors *= torch.rand(n, generator=self.generator) < 0.5
+        images = paint(self.data.grey[chosen], colors)
         if self.flip:
             mirrored = torch.rand(n, generator=self.generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return Batch(images, self.data.kinds[chosen], colours)
+        return Batch(images, self.data.kinds[chosen], colors)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the data; the generator is saved by its owner."""
@@ -128,7 +128,7 @@ class Stream:
 
 
 def held_out(data: Fashion, n: int) -> Batch:
-    """Returns the first ``n`` images of a split in fixed colours."""
+    """Returns the first ``n`` images of a split in fixed colors."""
     return Stream(Fashion(data.grey[:n], data.kinds[:n]), torch.Generator().manual_seed(0)).next(
         min(n, len(data.grey))
     )

@@ -78,7 +78,7 @@ def _pipeline(settings: config.Config, networks: models.Networks, base: str) -> 
 
 @torch.no_grad()
 def _scale(vae: Any, folder: str) -> None:
-    """Sets the scaling factor that gives the latents of coloured images a standard deviation of 1."""
+    """Sets the scaling factor that gives the latents of colored images a standard deviation of 1."""
     stream = data.Stream(data.load("train", folder), torch.Generator().manual_seed(0))
     latents = [vae.encode(stream.next(250).images).latent_dist.mode() for _ in range(8)]
     vae.register_to_config(scaling_factor=1 / torch.cat(latents).std().item())

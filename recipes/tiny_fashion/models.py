@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffaccel.errors import ModelError
 from diffaccel.zoo import load_pipeline
-from diffaccel.zoo.fashion import CLASSES, COLOURS
+from diffaccel.zoo.fashion import CLASSES, COLORS
 from recipes.tiny_fashion.config import Config
 
 __all__ = [
@@ -93,7 +93,7 @@ def tokenizer() -> CLIPTokenizer:
     vocabulary = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters)])  # an ordered set
     merges: dict[tuple[str, str], None] = {}
     words = {"a", "photo", "of", "the", "picture", "-"}
-    words.update(word for name in (*CLASSES, *COLOURS) for word in name.replace("-", " ").split())
+    words.update(word for name in (*CLASSES, *COLORS) for word in name.replace("-", " ").split())
     for word in sorted(words):
         head, *tail = [*word[:-1], word[-1] + "</w>"]
         for part in tail:  # merge from the left
