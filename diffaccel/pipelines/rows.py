@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["merge_rows", "rows_of", "take_rows"]
 
-_UNBATCHED = ("ids", "rotary", "freqs", "scale")
-"""Words in the names of arguments that all rows share, however long they happen to be."""
+_SHARED = {"freqs_cis", "image_rotary_emb", "img_ids", "latent_ids", "rope_interpolation_scale", "rotary_emb",
+           "txt_ids"}  # fmt: skip
+"""The arguments that all rows share, however long they happen to be."""
 
 
 def rows_of(samples: Sequence[int], batch: int, rows: int) -> list[int]:
@@ -37,7 +38,7 @@ def take_rows(value: Any, index: Sequence[int], size: int, name: str = "") -> An
         size: The number of all rows.
         name: The argument's name.
     """
-    if any(word in name for word in _UNBATCHED) and not isinstance(value, dict):
+    if name in _SHARED:
         return value
     if isinstance(value, Tensor):
         batched = value.ndim > 0 and len(value) == size

@@ -25,17 +25,17 @@ __all__ = ["Sada"]
 class Sada(Accelerator):
     """Stability-guided adaptive acceleration, step-wise, for every deterministic solver and prediction type.
 
-    At a skipped step no network runs (a ControlNet neither); the guided x0 is reconstructed from history and
-    handed to the solver as an ordinary output.  Every sample of a batch decides for itself, and the network
-    runs for the samples that need it; a compiled network, which a new batch size would compile again, runs for
-    all samples as soon as one needs it.  The first steps and the last one always run.  Reduces to the plain
-    pipeline, bit for bit, for ``max_skips=0`` or ``skip_from=1``.
+    At a skipped step no network runs (a ControlNet neither); the guided x0 is reconstructed from history
+    and handed to the solver as an ordinary output. Every sample of a batch decides for itself, and the
+    network runs for the samples that need it; a compiled network, which a new batch size would compile
+    again, runs for all samples as soon as one needs it. The first steps and the last one always run.
+    Reduces to the plain pipeline, bit for bit, for ``max_skips=0`` or ``skip_from=1``.
 
-    The default goes beyond the paper, since it measures better (docs/sada.md): `ErrorRule` decides, and once a
-    stretch of skipped steps has ended, its solver updates are repeated with interpolated predictions
-    (`Replay`).  The preset ``"paper"`` follows the formulas of the paper, see `StabilityRule`.  The token-wise
-    part of the paper (recomputing unstable tokens only) is left out here: it needs attention processors of
-    its own for each family.
+    The default goes beyond the paper, since it measures better (docs/sada.md): `ErrorRule` decides, and
+    once a stretch of skipped steps has ended, its solver updates are repeated with interpolated predictions
+    (`Replay`). The preset ``"paper"`` follows the formulas of the paper, see `StabilityRule`. The token-
+    wise part of the paper (recomputing unstable tokens only) is left out here: it needs attention
+    processors of its own for each family.
 
     References:
         SADA: Stability-guided Adaptive Diffusion Acceleration (2025), arXiv 2507.17135.

@@ -41,11 +41,11 @@ def _norm(x: Tensor) -> Tensor:
 class ErrorRule:
     """Skips as long as the extrapolation's error, foretold from the last computed prediction, is small.
 
-    x0 is extrapolated by the polynomial through the last n computed predictions in lambda.  Where a prediction
-    is computed, the extrapolation e is known to be wrong by |x0 - e|; the error at k further skips grows as
+    x0 is extrapolated by the polynomial through the last n computed predictions in lambda.  Where one is
+    computed, the extrapolation e is known to be wrong by |x0 - e|; the error at k further skips grows as
     the node polynomial, prod_j |u_k - u_j|.  The update from S to S' is x'/alpha' = (S'/S) x/alpha +
-    (1 - S'/S) x0, so that an error of x0 moves the sample by (1 - S'/S) of it.  The next k updates are skipped
-    while
+    (1 - S'/S) x0, so that an error of x0 moves the sample by (1 - S'/S) of it.  The next k updates are
+    skipped while
 
         |x0 - e| / |x0|  x  prod_j |u_k - u_j| / prod_j |u_0 - u_j|  x  (1 - S'/S)  <  tolerance.
 
@@ -115,8 +115,8 @@ class StabilityRule:
         step-wise reconstruction         x0 = (x^_{i+1} - sigma_{i+1} eps_i) / alpha_{i+1}
         multistep-wise reconstruction    x0 = Lagrange polynomial in the step index through stored nodes
 
-    Multistep-wise reconstruction takes over in the late phase, where one of every ``interval`` steps is run and
-    stored.  At most ``max_skips`` updates in a row are skipped.
+    Multistep-wise reconstruction takes over in the late phase, where one of every ``interval`` steps is run
+    and stored.  At most ``max_skips`` updates in a row are skipped.
 
     References:
         SADA: Stability-guided Adaptive Diffusion Acceleration (2025), arXiv 2507.17135.
