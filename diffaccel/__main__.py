@@ -1,0 +1,5 @@
+"""``python -m diffaccel``."""
+
+from .cli import main
+
+main()
