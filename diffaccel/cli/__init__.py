@@ -87,8 +87,8 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the report.")] = Pat
     """Runs a small benchmark on a model of the zoo, in about two minutes on two cores."""
     from .bench import Settings
 
-    accel = ("sada", "sada:fast", "sada:paper", "reuse")
-    _bench(Settings("tiny-fashion-sd", accel, guidance=5.0, n=12, scheduler="dpm++", rounds=3), out)
+    accel = ("sada", "sada:fast", "reuse")
+    _bench(Settings("tiny-fashion-sd", accel, guidance=5.0, n=16, scheduler="dpm++", rounds=3), out)
 
 
 def _bench(settings: "object", out: Path) -> None:

@@ -81,11 +81,11 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
     """
     if name is None:
         return
-    cls = getattr(diffusers, SCHEDULERS.get(name, name), None)
+    cls: Any = getattr(diffusers, SCHEDULERS.get(name, name), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise OptionError(f"no scheduler {name!r}; {closest(name, SCHEDULERS)}, or a class name of diffusers")
     try:
-        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)  # type: ignore[attr-defined]
     except (ValueError, NotImplementedError, TypeError) as error:
         raise OptionError(f"{cls.__name__} does not fit this model: {error}") from error
 

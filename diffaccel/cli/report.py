@@ -106,14 +106,13 @@ def _plot(rows: Sequence["Row"]) -> bytes:
                   if row.speedup and row.fidelity and row.fidelity.rms > 0]  # fmt: skip
         if not points:
             continue
-        across, up, labeled = zip(*points, strict=True)
+        across, up = [x for x, _, _ in points], [y for _, y, _ in points]
         name = "plain, fewer steps" if kind == "plain" else "accelerated"
         axis.plot(across, up, style["fmt"], color=style.get("color", "#d2491a"), label=name)
         for x, y, row in points:
-            low, high = row.speedup.quartiles
+            low, high = row.speedup.quartiles if row.speedup else (x, x)
             axis.plot([low, high], [y, y], color=style.get("color", "#d2491a"), linewidth=1)
             axis.annotate(row.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        del labeled
     axis.set_yscale("log")
     axis.set_xlabel("wall-clock speed-up (bar: quartiles of the rounds)")
     axis.set_ylabel("RMS error of pixels")

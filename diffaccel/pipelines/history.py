@@ -18,11 +18,12 @@ def lagrange_weights(nodes: np.ndarray, at: float) -> np.ndarray:
         The weights, with shape (n, B); they sum to 1.
     """
     weights = np.ones_like(nodes)
-    for j in range(len(nodes)):
-        for k in range(len(nodes)):
-            if k != j:
-                weights[j] *= (at - nodes[k]) / (nodes[j] - nodes[k])
-    return weights
+    with np.errstate(divide="ignore", invalid="ignore"):  # samples that nobody asks for may repeat a node
+        for j in range(len(nodes)):
+            for k in range(len(nodes)):
+                if k != j:
+                    weights[j] *= (at - nodes[k]) / (nodes[j] - nodes[k])
+    return np.nan_to_num(weights, posinf=0.0, neginf=0.0)
 
 
 def mix(weights: np.ndarray, values: Tensor) -> Tensor:

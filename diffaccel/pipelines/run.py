@@ -57,8 +57,9 @@ class Evaluation:
         """The noisy input, as the network takes it: a tensor (rows, *), or a list with one entry a row."""
         if self.args:
             return self.args[0]
-        given = (self.kwargs[name] for name in inspect.signature(self.module.forward).parameters
-                 if name in self.kwargs)  # fmt: skip
+        inner: Any = getattr(self.module, "_orig_mod", self.module)
+        forward = type(inner).forward
+        given = (self.kwargs[name] for name in inspect.signature(forward).parameters if name in self.kwargs)
         return next(given)
 
     @property

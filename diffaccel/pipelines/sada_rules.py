@@ -89,20 +89,27 @@ class ErrorRule:
             errors = np.where(known, wrong.double().cpu().numpy(), np.inf)
             errors = errors / np.maximum(self.history.distance(here, self.order), 1e-12)
         self.history.push(x0, here, ran)
+        stages = getattr(call.run.scheduler, "order", 1)
         last = call.run.num_updates + call.run.first_index - 1
         allowed, count = ran & known, np.zeros(len(x0), int)
         for index in range(call.index + 1, min(call.index + self.max_skips, last - 1) + 1):
             growth = self.history.distance(_position(path, index), self.order)
             with np.errstate(invalid="ignore"):
-                allowed &= errors * growth * _influence(path, index) < self.tolerance
+                allowed &= errors * growth * _influence(path, index, stages) < self.tolerance
             count += allowed
         self.todo = np.where(ran, count, self.todo)
         return self.todo > 0
 
 
-def _influence(path: Path, index: int) -> float:
-    """Returns 1 - S'/S for the update from ``index`` to the next."""
-    return 1 - math.exp(max(path[index].log_snr, -50.0) - max(path[index + 1].log_snr, -50.0))
+def _influence(path: Path, index: int, stages: int) -> float:
+    """Returns how far an error of x0 moves the sample: 1 - S'/S for the update from ``index`` to the next.
+
+    In the second stage of Heun and KDPM2, which take a derivative (x - x0) / S at the middle or the end of
+    the step from S_prev, it is (S_prev - S') / S.
+    """
+    before, here, after = (math.exp(-max(path[i].log_snr, -50.0)) for i in (index - 1, index, index + 1))
+    second = stages == 2 and index % 2 == 1
+    return ((before if second else here) - after) / here
 
 
 class StabilityRule:
