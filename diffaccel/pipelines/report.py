@@ -78,6 +78,7 @@ class Report:
         counts: The evaluations by network, auxiliary networks included.
         actions: All interventions, in order.
         updates: The number of solver updates.
+        batch: The number of samples.
         seconds: The seconds by part: ``denoiser``, ``vae``, ``text_encoder`` and ``total``.
         auxiliary: The networks that feed the denoiser, such as a ControlNet.
     """
@@ -86,6 +87,7 @@ class Report:
     counts: dict[str, Count] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
     updates: int = 0
+    batch: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     auxiliary: tuple[str, ...] = ()
 
@@ -121,6 +123,7 @@ class Report:
             "evaluated": self.evaluated,
             "skipped": self.skipped,
             "updates": self.updates,
+            "batch": self.batch,
             "seconds": self.seconds,
             "networks": {name: vars(count) for name, count in self.counts.items()},
             "actions": [action._asdict() for action in self.actions],

@@ -263,7 +263,7 @@ class Run:
         self._index = self._locate(timestep)
         if self.step == 0:
             self.first_index = self._index
-        self.batch = len(sample)
+        self.batch = self.report.batch = len(sample)
 
         def solve(call: Update) -> Any:
             return gate.original(call.output, call.timestep, call.sample, **call.options)
