@@ -10,10 +10,10 @@ demo: $(STAMP)
 	$(BIN)/diffaccel demo --out out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest -n 2 tests -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -54,8 +54,15 @@ class Accelerator:
     """The kind: "guidance", "skip", "blocks" or "". One of a kind in a stack, which is ordered by kinds."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Registers the subclass by its name."""
+        """Registers the subclass by its name.
+
+        Raises:
+            OptionError: If its kind is unknown.
+        """
         super().__init_subclass__(**kwargs)
+        if cls.exclusive not in _ORDER:
+            kinds = ", ".join(map(repr, _ORDER))
+            raise OptionError(f"{cls.__name__}: exclusive={cls.exclusive!r} is none of {kinds}")
         if cls.name:
             _REGISTRY[cls.name] = cls
 
@@ -68,11 +75,11 @@ class Accelerator:
         for field in dataclasses.fields(self):
             if "choices" in field.metadata:
                 _check_option(self.name, field, getattr(self, field.name))
-                if isinstance(field.default, float):
-                    setattr(self, field.name, float(getattr(self, field.name)))
+                if isinstance(field.default, (int, float)):
+                    setattr(self, field.name, type(field.default)(getattr(self, field.name)))
 
     @classmethod
-    def create(cls, preset: str = "", **options: Any) -> Self:
+    def create(cls, preset: str = "", /, **options: Any) -> Self:
         """Creates the accelerator from a preset, some options of which are replaced.
 
         Raises:
@@ -162,7 +169,7 @@ def _expand(spec: Any) -> list[Accelerator]:
 
 
 def _create(text: str, options: Any) -> Accelerator:
-    if not isinstance(text, str) or not isinstance(options, Mapping):
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in (text, *options)):
         raise OptionError(f"accel={{{text!r}: {options!r}}}: expected a name and a mapping of its options")
     name, _, preset = text.partition(":")
     if name not in _REGISTRY:
@@ -174,7 +181,8 @@ def _check_option(name: str, field: dataclasses.Field[Any], value: Any) -> None:
     low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
     expected = type(field.default)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = number if expected is float else number and value == int(value) if expected is int else False
+    whole = isinstance(value, int) or (number and float(value).is_integer())  # False for NaN and infinity
+    fits = number if expected is float else number and whole if expected is int else False
     if not (fits or type(value) is expected):
         raise OptionError(f"{name}: {field.name}={value!r} is not of type {expected.__name__}")
     if choices is not None and value not in choices:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .accelerator import Accelerator, resolve, tag
+from .gates import outside
 from .report import Report
 from .run import Run, check_stack
 
@@ -107,6 +108,16 @@ def _restore(base: type) -> Any:
     return object.__new__(_accelerated(base))
 
 
+def _outside(name: str, value: Any) -> Any:
+    """Returns a callback such that what it calls is no part of the run; anything else as it is.
+
+    The callback objects of diffusers, which are told by their ``tensor_inputs``, keep their type.
+    """
+    if name.startswith("callback") and callable(value) and not hasattr(value, "tensor_inputs"):
+        return outside(value)
+    return value
+
+
 @functools.cache
 def _accelerated(base: type) -> type:
     call = base.__call__
@@ -120,7 +131,7 @@ def _accelerated(base: type) -> type:
         accel: Accel = self._diffaccel
         with Run(self, accel.stack, dict(arguments)) as run:
             accel.report = run.report
-            return call(self, *args, **kwargs)
+            return call(self, *args, **{name: _outside(name, value) for name, value in kwargs.items()})
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         return _restore, (base,), dict(self.__dict__)

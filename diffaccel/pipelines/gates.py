@@ -8,6 +8,7 @@ share a component share its gate.
 import copy
 import functools
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import nn
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["CURRENT", "Gate", "close_gate", "is_compiled", "open_gate", "seam"]
+__all__ = ["CURRENT", "Gate", "close_gate", "is_compiled", "open_gate", "outside", "seam"]
 
 CURRENT: ContextVar["Run | None"] = ContextVar("diffaccel_run", default=None)
 
@@ -66,6 +67,20 @@ def close_gate(gate: Gate) -> None:
             del gate.owner.__dict__[gate.attribute]
         else:
             gate.owner.__dict__[gate.attribute] = gate.replaced
+
+
+def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that runs outside of the run of its caller: the gates pass its calls on."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = CURRENT.set(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            CURRENT.reset(token)
+
+    return call
 
 
 def seam(module: nn.Module) -> str:
