@@ -34,11 +34,11 @@ plain, seconds = sample()
 pipe.to(accel="sada")
 fast, less = sample()
 report = pipe.accel.report
-print(report)  # EXPECTED_REPORT
-print(f"speed-up {seconds / less:.2f}, RMS error {fidelity(fast, plain).rms:.5f}")  # EXPECTED_SADA
+print(report)  # 20.5 of 50 evaluations per image, 50 updates
+print(f"speed-up {seconds / less:.2f}, RMS error {fidelity(fast, plain).rms:.5f}")  # 2.0, 0.00103
 
 pipe.to(accel=None)  # as if it had never been accelerated
 assert torch.equal(sample()[0], plain)
 
 few, _ = sample(round(report.evaluated))
-print(f"plain, {report.evaluated:.0f} steps: RMS error {fidelity(few, plain).rms:.5f}")  # EXPECTED_PLAIN
+print(f"plain, {report.evaluated:.0f} steps: RMS error {fidelity(few, plain).rms:.5f}")  # 0.00900

@@ -1,8 +1,11 @@
 """Specifications, options, errors, and what an accelerator sees at each seam."""
 
-import subprocess
-import sys
-from dataclasses import dataclass
+import copy
+import functools
+import importlib
+import inspect
+import itertools
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import diffusers
@@ -23,7 +26,16 @@ from diffaccel import (
 )
 from diffaccel.pipelines import install, option, registry, resolve
 from diffaccel.pipelines.accelerator import tag
-from diffaccel.pipelines.rows import merge_rows, rows_of
+
+
+@functools.cache
+def _built(name):
+    return TINY[name].build()
+
+
+def fresh(name):
+    """A new pipeline of a family, always with the same weights."""
+    return copy.deepcopy(_built(name))
 
 
 class Guide(Accelerator):
@@ -44,6 +56,9 @@ class Block(Accelerator):
         (Sada(tolerance=1), ["sada(tolerance=1.0)"]),
         ([Sada()], ["sada"]),
         (("reuse",), ["reuse"]),
+        ([{"reuse": {}}], ["reuse"]),
+        ({"sada": {"tolerance": float("inf"), "max_skips": 2.0}}, ["sada(tolerance=inf, max_skips=2)"]),
+        ({}, []),
         ([], []),
     ],
 )
@@ -71,13 +86,32 @@ def test_order_follows_from_the_kinds():
         ({"sada": {"criterion": "magic"}}, OptionError, ["'magic'", "'error'", "'stability'"]),
         ({"reuse": {"every": 0}}, OptionError, ["every=0"]),
         ({"reuse": 3}, OptionError, ["mapping of its options"]),
+        ({"reuse": None}, OptionError, ["mapping of its options"]),
+        ({"reuse": {1: 2}}, OptionError, ["mapping of its options"]),
+        ({"reuse": {"preset": "fast"}}, OptionError, ["no option 'preset'", "every"]),
+        ({"reuse": {"self": 1}}, OptionError, ["no option 'self'"]),
+        ({1: {}}, OptionError, ["{1: {}}"]),
+        ({"reuse": {"every": float("nan")}}, OptionError, ["every=nan", "int"]),
+        ({"reuse": {"every": float("inf")}}, OptionError, ["every=inf", "int"]),
+        ({"reuse": {"every": True}}, OptionError, ["every=True", "int"]),
+        ({"sada": {"tolerance": True}}, OptionError, ["tolerance=True", "float"]),
+        ({"sada": {"tolerance": float("-inf")}}, OptionError, ["tolerance=-inf"]),
+        ({"sada": {"tolerance": torch.tensor(0.1)}}, OptionError, ["tolerance=tensor", "float"]),
+        ({"sada": {"order": 5}}, OptionError, ["order=5", "[1, 4]"]),
+        ({"sada": {"criterion": ["error"]}}, OptionError, ["criterion=['error']", "str"]),
+        ("", UnknownAccelerator, ["''", "reuse, sada"]),
+        ("reuse:fast:twice", UnknownAccelerator, ["'fast:twice'"]),
+        ({"sada": {}, "reuse": {}}, AcceleratorConflict, ["'sada'", "'reuse'"]),
+        (["sada", [Reuse()]], AcceleratorConflict, ["'sada'", "'reuse'", "skip"]),
+        ([None], OptionError, ["NoneType"]),
+        ((name for name in ["sada"]), OptionError, ["generator"]),
         (["sada", "reuse"], AcceleratorConflict, ["'sada'", "'reuse'", "skip"]),
         (3, OptionError, ["int", "expected a name"]),
         (Sada, OptionError, ["expected a name"]),
     ],
 )
 def test_errors_are_early_and_leave_the_pipeline(spec, error, words):
-    pipe = TINY["sd"].build().to(accel="reuse")
+    pipe = fresh("sd").to(accel="reuse")
     before = pipe.accel
     with pytest.raises(error) as caught:
         pipe.to(torch.float64, accel=spec)
@@ -86,7 +120,7 @@ def test_errors_are_early_and_leave_the_pipeline(spec, error, words):
 
 
 def test_to_sets_keeps_and_removes():
-    pipe = TINY["sd"].build()
+    pipe = fresh("sd")
     assert pipe.to("cpu", torch.float64, accel=["sada"]) is pipe and pipe.dtype == torch.float64
     pipe.to(accel="reuse")
     assert [a.name for a in pipe.accel.stack] == ["reuse"], "the last call wins"
@@ -98,10 +132,58 @@ def test_to_sets_keeps_and_removes():
     assert accelerate(pipe, "sada").accel.stack[0].name == "sada"
 
 
+def test_an_error_of_the_functional_form_leaves_the_pipeline_too():
+    pipe = fresh("ddim")
+    cls, names = type(pipe), set(vars(pipe))
+    for spec in ("nonsense", {"sada": {"order": 9}}, ["sada", "reuse"], 3):
+        with pytest.raises(diffaccel.DiffaccelError):
+            accelerate(pipe, spec)
+        assert type(pipe) is cls and set(vars(pipe)) == names
+
+
+def test_an_error_of_the_move_leaves_the_stack():
+    pipe = fresh("ddim").to(accel="reuse")
+    for accel in (None, "sada"):
+        with pytest.raises(RuntimeError):
+            pipe.to("nonsense", accel=accel)
+        assert [a.name for a in pipe.accel.stack] == ["reuse"]
+
+
+def test_the_reason_of_a_check_is_passed_on():
+    class Picky(Accelerator):
+        def check(self, pipe):
+            return "it has no soul" if pipe.dtype == torch.float32 else None
+
+    case, pipe = TINY["ddim"], fresh("ddim")
+    with pytest.raises(UnsupportedPipeline, match=r"DDIMPipeline: it has no soul"):
+        pipe.to(accel=Picky())
+    assert not hasattr(pipe, "accel")
+    pipe.to(torch.float64)
+    pipe.to(accel=Picky())
+    pipe.to(torch.float32)  # what cannot be known before is checked at the call
+    with pytest.raises(UnsupportedPipeline, match="no soul"):
+        run(case, pipe, 3)
+    assert pipe.accel.report is None and "forward" not in vars(pipe.unet)
+
+
+def test_unknown_kinds_are_refused_at_definition():
+    with pytest.raises(OptionError, match=r"exclusive='cache' is none of 'guidance', 'skip'"):
+        type("Odd", (Accelerator,), {"exclusive": "cache"})
+
+
+def test_what_is_given_cannot_be_changed_afterwards():
+    mine, options = Reuse(every=3), {"every": 3}
+    pipes = [fresh("ddim").to(accel=accel) for accel in (mine, {"reuse": options})]
+    mine.every = options["every"] = 1
+    for pipe in pipes:
+        run(TINY["ddim"], pipe, 6)
+        assert pipe.accel.report.evaluated == 2 and pipe.accel.report.stack == ("reuse(every=3)",)
+
+
 def test_the_users_object_is_a_template():
     mine, case = Sada(), TINY["sd"]
     before = dict(vars(mine))
-    run(case, accelerate(case.build(), mine), 8)
+    run(case, accelerate(fresh(case.name), mine), 8)
     assert vars(mine) == before
 
 
@@ -117,6 +199,10 @@ def test_install_is_idempotent_and_careful():
 
     with pytest.raises(ImportError, match="accel"):
         install(Later)
+    assert "accel" in inspect.signature(Later.to).parameters and not hasattr(Later.to, "_diffaccel")
+    assert "accel" not in inspect.signature(to).parameters, "stock introspection sees the stock method"
+    importlib.reload(diffaccel)
+    assert diffusers.DiffusionPipeline.to is to, "a second import changes nothing"
 
 
 def test_canary_no_pipeline_overrides_to():
@@ -135,6 +221,14 @@ def test_pipelines_without_a_loop_are_refused():
 
     with pytest.raises(UnsupportedPipeline, match="scheduler"):
         Empty().to(accel="reuse")
+    pipe = fresh("ddim")
+    pipe.unet = None
+    with pytest.raises(
+        UnsupportedPipeline, match="DDIMPipeline has no denoiser; looked for unet, transformer"
+    ):
+        pipe.to(accel="reuse")
+    with pytest.raises(UnsupportedPipeline, match="scheduler"):
+        accelerate(torch.nn.Linear(1, 1), "reuse")
 
 
 @dataclass
@@ -157,54 +251,123 @@ class Probe(Accelerator):
 
     def blocks(self, pipe):
         network = getattr(pipe, "unet", None) or pipe.transformer
-        return [getattr(network, "mid_block", None) or network.transformer_blocks[0]]
+        names = ("mid_block", "transformer_blocks", "blocks")
+        block = next(getattr(network, name) for name in names if hasattr(network, name))
+        return [block[0] if isinstance(block, torch.nn.ModuleList) else block]
 
     def block(self, call, proceed):
         self.log.append(("block", call.step, call.branch))
         return proceed(call)
 
 
-@pytest.mark.parametrize(("name", "branches", "rows"), [("sd", 1, 4), ("flux_true_cfg", 2, 2)])
+def expected_log(case, steps, branches, rows):
+    """What `Probe` writes down in one loop."""
+    log = [("start",)]
+    for step in range(steps):
+        for branch in range(branches):
+            log += [("evaluate", case.denoisers[-1], step, branch, rows), ("block", step, branch)]
+        log += [("update", step, step)]
+    return log
+
+
+@pytest.mark.parametrize(
+    ("name", "branches", "rows"),
+    [("sd", 1, 4), ("dit", 1, 4), ("flux", 1, 2), ("flux_true_cfg", 2, 2), ("pixart", 1, 4)],
+)
 def test_seams(name, branches, rows):
     probe, case = Probe(), TINY[name]
     probe.log = []
-    plain = run(case, case.build(), 3)
-    pipe = accelerate(case.build(), probe)
+    plain = run(case, fresh(case.name), 3)
+    pipe = accelerate(fresh(case.name), probe)
     assert torch.equal(run(case, pipe, 3), plain)
-    expected = [("start",)]
-    network = case.denoisers[-1]
-    for step in range(3):
-        for branch in range(branches):
-            expected += [("evaluate", network, step, branch, rows), ("block", step, branch)]
-        expected += [("update", step, step)]
-    assert probe.log == expected
+    assert probe.log == expected_log(case, 3, branches, rows)
     probe.log.clear()
-
-    def again(pipeline, step, timestep, tensors):
-        return tensors
-
-    pipe.scheduler.set_timesteps(3, **({"mu": 1.0} if "flux" in name else {}))  # outside of a call: no effect
+    pipe.scheduler.set_timesteps(3, **({"mu": 1.0} if "flux" in name else {}))
+    probe.blocks(pipe)[0].forward, pipe.scheduler.step
     assert probe.log == []
 
 
-def test_two_loops_in_one_call_restart_the_counters():
-    class Twice(diffusers.DiffusionPipeline):
-        def __init__(self, unet, scheduler):
-            super().__init__()
-            self.register_modules(unet=unet, scheduler=scheduler)
+def test_two_networks_that_share_the_steps():
+    probe, case = Probe(), TINY["wan22"]
+    probe.log = []
+    run(case, accelerate(fresh(case.name), probe), 4)
+    networks = [entry[1] for entry in probe.log if entry[0] == "evaluate"]
+    assert networks == ["transformer"] * 4 + ["transformer_2"] * 4
+    assert [entry[2:4] for entry in probe.log if entry[0] == "evaluate"] == list(
+        itertools.product(range(4), range(2))
+    )
 
-        @torch.no_grad()
-        def __call__(self, x):
-            for steps in (7, 4):
+
+def test_order_of_the_seams_of_a_stack():
+    log = []
+
+    def named(kind):
+        class Named(Accelerator):
+            exclusive = kind
+
+            def evaluate(self, call, proceed):
+                log.append(f"{kind} in")
+                result = proceed(call)
+                log.append(f"{kind} out")
+                return result
+
+            def update(self, call, proceed):
+                log.append(f"{kind} update")
+                return proceed(call)
+
+        return Named()
+
+    case = TINY["ddim"]
+    run(case, accelerate(fresh(case.name), [named("skip"), named("guidance")]), 1)
+    evaluation = ["guidance in", "skip in", "skip out", "guidance out"]
+    assert log == [*evaluation, "guidance update", "skip update"]
+
+
+def test_seams_can_replace_what_they_wrap():
+    class Double(Accelerator):
+        def evaluate(self, call, proceed):
+            args = (2 * call.args[0], *call.args[1:])
+            return type(result := proceed(replace(call, args=args)))(result[0] / 2)
+
+        def update(self, call, proceed):
+            return proceed(replace(call, output=-call.output))
+
+    case, pipe, other = TINY["ddim"], fresh("ddim"), fresh("ddim")
+    original = other.unet.forward
+    other.unet.forward = lambda x, *a, **k: type(out := original(2 * x, *a, **k))(-out[0] / 2)
+    assert torch.equal(run(case, accelerate(pipe, Double()), 3), run(case, other, 3))
+
+
+class Loops(diffusers.DiffusionPipeline):
+    """Several sampling loops in one call, and an evaluation that belongs to none."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, x, repeat=1):
+        x = x + 0 * self.unet(x, 999).sample
+        for steps in (7, 4):
+            for _ in range(repeat):
                 self.scheduler.set_timesteps(steps)
-                for t in self.scheduler.timesteps:
-                    x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
-            return x
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        return x
 
-    parts = TINY["ddim"].build().components
-    pipe = Twice(**parts).to(accel="reuse")
-    pipe(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_two_loops_in_one_call_restart_the_counters(repeat):
+    probe, pipe = Probe(), Loops(**fresh("ddim").components)
+    probe.log, x = [], torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = pipe(x)
+    assert torch.equal(pipe.to(accel=probe)(x, repeat), plain)
+    starts = [("start",)] * (repeat - 1)
+    loops = [expected_log(TINY["ddim"], steps, 1, 2) for steps in (7, 4)]
+    assert probe.log == [*starts, *loops[0], *starts, *loops[1]]
+    pipe.to(accel="reuse")(x, repeat)
     assert pipe.accel.report.evaluated == 4 + 2 and pipe.accel.report.requested == 11
+    assert pipe.accel.report.updates == 11
 
 
 def test_a_third_party_accelerator_needs_no_entry_point():
@@ -219,34 +382,3 @@ def test_a_third_party_accelerator_needs_no_entry_point():
         from diffaccel.pipelines import accelerator
 
         del accelerator._REGISTRY["mine"]
-
-
-def test_import_prints_nothing():
-    command = [sys.executable, "-W", "ignore", "-c", "import diffaccel"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
-
-
-class Halves(Accelerator):
-    """Evaluates the samples of a batch one after the other, and puts the outputs together."""
-
-    def evaluate(self, call, proceed):
-        batch = call.run.batch
-        if not batch or call.rows % batch:
-            return proceed(call)
-        whole = None
-        for sample in range(batch):
-            part = proceed(call.select([sample], batch))
-            if whole is None:
-                whole = proceed(call)
-                whole = type(whole)(v * 0 for v in whole) if type(whole) is tuple and all(
-                    isinstance(v, torch.Tensor) for v in whole) else whole  # fmt: skip
-            whole = merge_rows(whole, part, rows_of([sample], batch, call.rows), call.rows)
-        return whole
-
-
-@pytest.mark.parametrize("name", [n for n, case in TINY.items() if n not in ("wan", "wan22", "ltx")])
-def test_rows_of_a_batch_can_be_evaluated_alone(name):
-    case = TINY[name]
-    plain = run(case, case.build(), 6)
-    result = run(case, accelerate(case.build(), Halves()), 6)
-    torch.testing.assert_close(result, plain, atol=2e-4, rtol=1e-3)

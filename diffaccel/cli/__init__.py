@@ -1,12 +1,16 @@
 """The command line: ``diffaccel list | generate | bench | demo``."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ..errors import DiffaccelError
+
+if TYPE_CHECKING:
+    from .bench import Settings
 
 __all__ = ["app", "main"]
 
@@ -19,7 +23,7 @@ Model = Annotated[str, typer.Argument(help="A name of the zoo, a local pipeline 
 AccelHelp = "name, name:preset, name(option=value, ...), a+b, or JSON; see `diffaccel list`."
 Steps = Annotated[int, typer.Option(min=1, help="Number of inference steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")]
-Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all noise.")]
 Scheduler = Annotated[str | None, typer.Option(help="ddim, dpm++, unipc, euler, heun, ..., or a class name.")]
 Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
@@ -33,8 +37,8 @@ def list_() -> None:
     show()
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def generate_(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, or labels.")] = None,
     accel: Annotated[str | None, typer.Option(help=AccelHelp)] = None,
@@ -47,25 +51,29 @@ def generate(
     dtype: Dtype = "float32",
 ) -> None:
     """Makes images and a record that makes them again."""
-    from . import generate as module
+    from .generate import generate
 
-    paths = module.generate(model, prompts or [], accel, steps, guidance, seed, scheduler, out, device, dtype)
+    paths, remarks = generate(
+        model, prompts or [], accel, steps, guidance, seed, scheduler, out, device, dtype
+    )
+    if remarks:
+        typer.echo(remarks)
     for path in paths:
         typer.echo(path)
 
 
-@app.command()
-def bench(
+@app.command("bench")
+def bench_(
     model: Model,
     accel: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {AccelHelp}")] = None,
     steps: Steps = 50,
     guidance: Guidance = None,
-    prompts: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="One a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
     n: Annotated[int, typer.Option(min=1, help="Number of images, without --prompts.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 64,
     seed: Seed = 0,
     scheduler: Scheduler = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 5,
     plain_steps: Annotated[list[int] | None, typer.Option(min=1, help="Further plain step counts.")] = None,
     flops: Annotated[bool, typer.Option(help="Count floating-point operations (one more run a row).")] = True,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/bench"),
@@ -83,34 +91,60 @@ def bench(
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo"),
+    fast: Annotated[bool, typer.Option(help="12 images and 3 rounds, or 64 images and 5 rounds.")] = True,
+) -> None:
     """Runs a small benchmark on a model of the zoo, in about two minutes on two cores."""
     from .bench import Settings
 
     accel = ("sada", "sada:fast", "reuse")
-    _bench(Settings("tiny-fashion-sd", accel, guidance=5.0, n=16, scheduler="dpm++", rounds=3), out)
+    n, rounds = (12, 3) if fast else (64, 5)
+    _bench(Settings("tiny-fashion-sd", accel, guidance=5.0, n=n, scheduler="dpm++", rounds=rounds), out)
 
 
-def _bench(settings: "object", out: Path) -> None:
+def _bench(settings: "Settings", out: Path) -> None:
     from rich.console import Console
 
-    from .bench import Settings
-    from .bench import bench as run
+    from .bench import bench
     from .report import table
 
-    assert isinstance(settings, Settings)
-    rows = run(settings, out)
-    Console().print(table(rows))
-    typer.echo(f"report: {out / 'report.html'}   pictures: {out / 'grid.png'}   record: {out / 'bench.json'}")
+    Console().print(table(bench(settings, out)))
+    for what, name in (("report", "report.html"), ("pictures", "grid.png"), ("table", "table.md"),
+                       ("record", "bench.json")):  # fmt: skip
+        typer.echo(f"{what + ':':10}{out / name}")
 
 
-def main() -> None:
-    """Runs the command line; a mistake of the user is one line on stderr and exit code 2."""
+_USAGE_ERRORS: tuple[type[Exception], ...] = tuple(
+    cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
+)
+"""The base of the errors of typer's parser, which is click's or typer's own copy of it."""
+
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a mistake of the user is one line on stderr and exit code 2.
+
+    Arguments:
+        arguments: The words of the command line, those of the process by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
+        code = app(words or ["--help"], standalone_mode=False)
     except DiffaccelError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        _fail(str(error))
+    except _USAGE_ERRORS as error:
+        _fail(error.format_message())  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # typer has turned Ctrl-C into this code
+        print("interrupted; no file is half-written", file=sys.stderr)
+    if isinstance(code, int) and code:
+        sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

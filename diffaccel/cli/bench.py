@@ -1,21 +1,32 @@
 """``diffaccel bench``: accelerators against the plain pipeline and against plain fewer steps, interleaved."""
 
+import functools
 import json
-import platform
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import Progress
 from torch import Tensor
 
-from ..eval import Fidelity, Timing, count_flops, fidelity, interleave
+from ..eval import Fidelity, Timing, clock_outside, count_flops, fidelity, interleave, timed
 from ..pipelines import accelerate, resolve
+from ..zoo.folders import quiet
 from .generate import load
-from .options import Sampler, default_conditions, device_of, open_output, read_accel, versions, write
+from .options import (
+    Sampler,
+    check_options,
+    check_output,
+    default_conditions,
+    device_of,
+    machine,
+    plain,
+    progress_bar,
+    read_accel,
+    read_prompts,
+    versions,
+    write_files,
+)
 from .report import draw_grid, markdown, render
 
 __all__ = ["Row", "Settings", "bench"]
@@ -34,7 +45,7 @@ class Settings:
     batch: int = 64
     seed: int = 0
     scheduler: str | None = None
-    rounds: int = 3
+    rounds: int = 5
     plain_steps: tuple[int, ...] = ()
     flops: bool = True
     device: str = "cpu"
@@ -51,6 +62,7 @@ class Row:
         kind: ``"reference"``, ``"accelerated"`` or ``"plain"`` (fewer steps).
         requested: Evaluations of the denoisers that the pipeline asked for.
         evaluated: Those that were run, per image.
+        calls: Calls of the denoisers in the whole run; a call for a part of the batch is one, too.
         fidelity: The distance to the reference.
         flops: Floating-point operations an image.
         seconds: Wall-clock seconds of each round.
@@ -64,6 +76,7 @@ class Row:
     kind: str
     requested: int = 0
     evaluated: float = 0.0
+    calls: int = 0
     fidelity: Fidelity | None = None
     flops: float | None = None
     seconds: list[float] = field(default_factory=list)
@@ -76,63 +89,79 @@ class Row:
         """The name, and the steps where they are the point."""
         return f"{self.name}, {self.steps} steps" if self.kind != "accelerated" else self.name
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the row as plain data, medians and quartiles included."""
+        record = asdict(self)
+        for name in ("speedup", "realized"):
+            timing: Timing | None = getattr(self, name)
+            if timing is not None:
+                record[name] = {**asdict(timing), "median": timing.median, "quartiles": timing.quartiles}
+        record["seconds_median"] = Timing(tuple(self.seconds)).median if self.seconds else None
+        return record
+
 
 class Bench:
     """The rows of a benchmark and how they are run."""
 
     def __init__(self, settings: Settings, pipe: Any, sampler: Sampler) -> None:
         self.settings, self.pipe, self.sampler = settings, pipe, sampler
+        self.device = device_of(pipe)
         self.specs = {name: read_accel(name) for name in settings.accel}
         self.images: dict[int, Tensor] = {}
         self.rows = [Row("plain", settings.steps, "reference")]
-        self.rows += [Row(name, settings.steps, "accelerated") for name in settings.accel]
+        self.rows += [Row(name, settings.steps, "accelerated") for name in self.specs]
 
-    def run(self, row: Row) -> tuple[Tensor, float]:
-        """Makes the images of a row; plain ones too pass the gates, for the counts and clocks."""
-        spec: Any = self.specs[row.name] if row.kind == "accelerated" else []
-        accelerate(self.pipe, spec)
-        device = device_of(self.pipe)
-        begin = time.perf_counter()
-        images = self.sampler(row.steps, self.settings.batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begin
-        accelerate(self.pipe, None)
-        return images, seconds
+    def run(self, row: Row, plainly: Any = None) -> Tensor:
+        """Makes the images of a row.
+
+        Arguments:
+            row: The row.
+            plainly: The stack of a plain row: None, or an empty one for its report.
+        """
+        accelerate(self.pipe, self.specs[row.name] if row.kind == "accelerated" else plainly)
+        try:
+            return self.sampler(row.steps, self.settings.batch)
+        finally:
+            accelerate(self.pipe, None)
 
     def warm_up(self, advance: Callable[[], None]) -> None:
         """Runs every accelerator once, which tells the fewer steps to compare with; then those."""
         for row in list(self.rows):
             self._first(row)
             advance()
+        full = self.settings.steps
         counts = {round(row.evaluated * row.steps / row.requested) for row in self.rows[1:]}
-        for steps in sorted({*counts, *self.settings.plain_steps} - {self.settings.steps, 0}, reverse=True):
+        counts = {*counts, *self.settings.plain_steps} - {0, full} or {max(1, full // 2)} - {full}
+        for steps in sorted(counts, reverse=True):
             self.rows.append(row := Row("plain", steps, "plain"))
             self._first(row)
             advance()
 
     def _first(self, row: Row) -> None:
-        images, _ = self.run(row)
+        images = self.run(row, plainly=[])
         self.images[id(row)] = images
         reports = self.sampler.reports
         row.requested = reports[0][1].requested
         row.evaluated = sum(size * report.evaluated for size, report in reports) / len(images)
+        row.calls = sum(_calls(report) for _, report in reports)
         row.fidelity = fidelity(images, self.images[id(self.rows[0])])
         if self.settings.flops:
             row.flops = count_flops(lambda: self.run(row)) / self.sampler.count
 
     def measure(self, advance: Callable[[], None]) -> None:
-        """Times all rows in interleaved rounds."""
+        """Times all rows in interleaved rounds; the plain ones without any gate."""
 
-        def after(turn: int, position: int, result: tuple[Tensor, float]) -> None:
-            row = self.rows[position]
-            row.seconds.append(result[1])
-            parts = [report.seconds.get(part, 0.0) for _, report in self.sampler.reports
-                     for part in ("vae", "text_encoder")]  # fmt: skip
-            row.outside.append(sum(parts))
+        def measured(row: Row) -> tuple[float, float]:
+            with clock_outside(self.pipe, self.device) as outside:
+                _, seconds = timed(lambda: self.run(row), self.device)
+            return seconds, sum(outside)
+
+        def after(turn: int, position: int, result: tuple[float, float]) -> None:
+            self.rows[position].seconds.append(result[0])
+            self.rows[position].outside.append(result[1])
             advance()
 
-        tasks = [lambda row=row: self.run(row) for row in self.rows]
+        tasks = [functools.partial(measured, row) for row in self.rows]
         interleave(tasks, self.settings.rounds, after)
         reference = self.rows[0]
         for row in self.rows:
@@ -143,55 +172,65 @@ class Bench:
             row.realized = Timing(tuple((a - v) / (b - w) / ideal for (a, b), v, w in inside))
 
 
+def _calls(report: Any) -> int:
+    """Returns the calls of the denoisers: those asked for, but for those that all samples skipped."""
+    skipped = [action for action in report.actions
+               if action.what == "skip" and action.network not in report.auxiliary
+               and len(action.samples) >= report.batch]  # fmt: skip
+    return report.requested - len(skipped)
+
+
 def bench(settings: Settings, out: Path) -> list[Row]:
     """Runs a benchmark and writes ``bench.json``, ``table.md``, ``grid.png`` and ``report.html``.
 
     Raises:
-        DiffaccelError: For any mistake in the settings, before anything is written.
+        DiffaccelError: For any mistake in the settings; nothing is written then.
     """
+    check_options(settings.device, settings.dtype, settings.guidance, settings.scheduler)
     for name in settings.accel:
         resolve(read_accel(name))
-    pipe = load(settings.model, settings.scheduler, settings.device, settings.dtype)
-    for name in settings.accel:
-        accelerate(accelerate(pipe, read_accel(name)), None)
-    conditions = _conditions(settings, pipe)
-    sampler = Sampler(pipe, conditions, settings.steps, settings.guidance, settings.seed, settings.n)
-    work = Bench(settings, pipe, sampler)
-    with open_output(out):
-        with Progress(transient=True) as progress:
-            task = progress.add_task("warm-up", total=None)
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    check_output(out)
+    with quiet([]):
+        pipe = load(settings.model, settings.scheduler, settings.device, settings.dtype)
+        for name in settings.accel:
+            accelerate(accelerate(pipe, read_accel(name)), None)
+        if prompts is None:
+            prompts = default_conditions(settings.model, pipe, settings.n)
+        sampler = Sampler(pipe, prompts, settings.steps, settings.guidance, settings.seed, settings.n)
+        work = Bench(settings, pipe, sampler)
+        with progress_bar() as progress:
+            task = progress.add_task("warm-up and counts", total=None)
             work.warm_up(lambda: progress.advance(task))
             progress.remove_task(task)
             total = len(work.rows) * settings.rounds
             task = progress.add_task(f"{settings.rounds} interleaved rounds", total=total)
             work.measure(lambda: progress.advance(task))
-        _save(work, out)
+    write_files(out, _files(work))
     return work.rows
 
 
-def _conditions(settings: Settings, pipe: Any) -> list[str]:
-    if settings.prompts is None:
-        return default_conditions(settings.model, pipe, settings.n)
-    lines = settings.prompts.read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _save(work: Bench, out: Path) -> None:
+def _files(work: Bench) -> dict[str, str | bytes]:
     settings = {key: value for key, value in asdict(work.settings).items() if value is not None}
-    record: dict[str, Any] = {
-        "settings": {**settings, "prompts": str(settings.get("prompts", "zoo"))},
+    scheduler = work.pipe.scheduler
+    record = plain({
+        "settings": {**settings, "prompts": str(settings.get("prompts", "built in")),
+                     "guidance": work.sampler.guidance},
         "images": work.sampler.count,
-        "scheduler": type(work.pipe.scheduler).__name__,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(),
-                    "device": str(device_of(work.pipe))},
+        "conditions": work.sampler.conditions,
+        "pipeline": type(work.pipe).__name__,
+        "scheduler": type(scheduler).__name__,
+        "scheduler_config": dict(scheduler.config),
+        "machine": machine(work.device),
         "versions": versions(),
-        "rows": [asdict(row) for row in work.rows],
-    }  # fmt: skip
+        "rows": [row.to_dict() for row in work.rows],
+    })  # fmt: skip
     images = [(row.label, work.images[id(row)][:12]) for row in work.rows]
-    captions = work.sampler.conditions[:12] or [str(n) for n in range(12)]
+    captions = work.sampler.conditions[:12] or [f"image {n}" for n in range(12)]
     grid = draw_grid(images, captions)
-    table = markdown(work.rows)
-    write(out / "bench.json", json.dumps(record, indent=1))
-    write(out / "table.md", table)
-    write(out / "grid.png", grid)
-    write(out / "report.html", render(work.rows, record, grid))
+    return {
+        "bench.json": json.dumps(record, indent=1, allow_nan=False),
+        "table.md": markdown(work.rows),
+        "grid.png": grid,
+        "report.html": render(work.rows, record, grid),
+    }

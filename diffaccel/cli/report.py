@@ -2,6 +2,7 @@
 
 import base64
 import io
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ __all__ = ["draw_grid", "markdown", "render", "table"]
 HEADER = (
     "method",
     "evaluations",
+    "calls",
     "GFLOP/image",
     "seconds",
     "speed-up",
@@ -33,21 +35,22 @@ HEADER = (
 
 
 def _cells(row: "Row") -> list[str]:
-    speed, realized, timing = row.speedup, row.realized, row.fidelity
-    assert speed is not None and realized is not None and timing is not None
+    speed, realized, error = row.speedup, row.realized, row.fidelity
+    if speed is None or realized is None or error is None:
+        raise ValueError(f"the row {row.label!r} has not been measured")
     low, high = speed.quartiles
     reference = row.kind == "reference"
-    seconds = sorted(row.seconds)
     return [
         row.label,
         f"{row.evaluated:.4g} of {row.requested}",
+        str(row.calls),
         "-" if row.flops is None else f"{row.flops / 1e9:.3g}",
-        f"{seconds[len(seconds) // 2]:.2f}",
+        f"{statistics.median(row.seconds):.2f}",
         "1" if reference else f"{speed.median:.2f} ({low:.2f}-{high:.2f})",
         "-" if reference else f"{100 * realized.median:.0f} %",
-        "0" if reference else f"{timing.rms:.5f}",
-        "-" if reference else f"{timing.psnr:.1f} dB",
-        "0" if reference else f"{timing.relative:.4f}",
+        "0" if reference else f"{error.rms:.5f}",
+        "-" if reference else f"{error.psnr:.1f} dB",
+        "0" if reference else f"{error.relative:.4f}",
     ]
 
 

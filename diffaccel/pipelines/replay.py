@@ -38,6 +38,7 @@ class Replay:
     def __init__(self) -> None:
         self._moments: list[_Moment] = []
         self._returned: Tensor | None = None
+        self._version = 0
 
     def clear(self) -> None:
         """Forgets all updates."""
@@ -46,8 +47,8 @@ class Replay:
     def follows(self, sample: Tensor) -> bool:
         """Returns whether the pipeline goes on with the very sample that the last update gave."""
         last = self._returned
-        if last is None or last.shape != sample.shape:
-            return False
+        if last is None or last.shape != sample.shape or last._version != self._version:
+            return False  # none yet, or changed in place
         return last is sample or torch.equal(last, sample)
 
     def step(self, call: Update, proceed: Proceed, skipped: np.ndarray, keep: bool) -> Any:
@@ -73,6 +74,7 @@ class Replay:
             self._moments.clear()
         result = proceed(call)
         self._returned = result[0]
+        self._version = result[0]._version
         return result
 
     def correct(self, call: Update, due: np.ndarray, interpolated: Callable[[Update], Tensor]) -> Update:
@@ -111,9 +113,15 @@ class Replay:
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
-    """Returns what a scheduler remembers; schedulers replace tensors and change lists."""
+    """Returns what a scheduler remembers; schedulers change lists and samples, and replace the rest."""
     return _state_copy(scheduler.__dict__)
 
 
 def _state_copy(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, list) else value for key, value in state.items()}
+    copied = dict(state)
+    for key, value in state.items():
+        if isinstance(value, list):
+            copied[key] = list(value)
+        elif isinstance(value, Tensor) and value.ndim > 1:  # PNDM adds to its sum in place
+            copied[key] = value.clone()
+    return copied

@@ -276,6 +276,9 @@ class Run:
         return result
 
     def _block(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._started:
+            return gate.original(*args, **kwargs)
+
         def compute(call: BlockCall) -> Any:
             return gate.original(*call.args, **call.kwargs)
 

@@ -87,9 +87,11 @@ class Sada(Accelerator):
                 "scheduler, such as DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)"
             )
         try:
-            probe(pipe.scheduler)
+            path = probe(pipe.scheduler)
         except UnsupportedScheduler as error:
             return str(error)
+        if self.criterion == "stability" and any(path[index].sigma == 0 for index in range(len(path))):
+            return f"{type(pipe.scheduler).__name__} starts without noise, where the criterion is undefined"
         return None
 
     def start_rule(self, run: Run) -> Rule:
@@ -112,7 +114,7 @@ class Sada(Accelerator):
             )
         self.rule: Rule | None = None
         self.replay = Replay()
-        self.last: dict[tuple[str, int], Any] = {}
+        self.last: dict[tuple[str, int], tuple[int, Any]] = {}
         self.skip = np.zeros(0, bool)
         self.ran: np.ndarray | None = None
         self.network = ""
@@ -121,21 +123,23 @@ class Sada(Accelerator):
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
         """Runs a network for the samples that do not skip, and fills in its last output for the rest."""
         key, batch = (call.network, call.branch), len(self.skip)
-        switched = call.network not in AUXILIARY and call.network != self.network
-        if key not in self.last or switched or not self.skip.any() or call.rows % batch:
+        denoiser = call.network not in AUXILIARY
+        known, previous = self.last.get(key, (0, None))
+        switched = denoiser and (call.network != self.network or known not in (0, call.rows))
+        if known != call.rows or switched or not self.skip.any() or call.rows % batch:
             output, ran = proceed(call), np.ones(batch, bool)
         elif self.skip.all():
-            output, ran = self.last[key], ~self.skip
+            output, ran = previous, ~self.skip
         elif self.compiled[call.network]:
             output, ran = proceed(call), np.ones(batch, bool)
         else:
             part, ran = call.select(np.flatnonzero(~self.skip).tolist(), batch), ~self.skip
             rows = [row for row in range(call.rows) if ran[row % batch]]
-            output = merge_rows(self.last[key], proceed(part), rows, call.rows)
+            output = merge_rows(previous, proceed(part), rows, call.rows)
         if not ran.all():
             call.log(self, "skip", np.flatnonzero(~ran).tolist())
-        self.last[key] = output
-        if call.network not in AUXILIARY:
+        self.last[key] = (call.rows, output)
+        if denoiser:
             self.ran = ran if self.ran is None else self.ran & ran
             if switched and self.network:
                 self.rule = None
@@ -149,6 +153,7 @@ class Sada(Accelerator):
         if self.rule is None:
             self.rule = self.start_rule(call.run)
             self.replay.clear()
+            ran = np.ones(batch, bool)  # a new rule has nothing to reconstruct from
         x0 = level.x0(call.output, call.sample)
         if not ran.all():
             x0 = select(ran, x0, self.rule.reconstruct(call).to(x0.dtype))

@@ -94,6 +94,9 @@ class ErrorRule:
         allowed, count = ran & known, np.zeros(len(x0), int)
         for index in range(call.index + 1, min(call.index + self.max_skips, last - 1) + 1):
             growth = self.history.distance(_position(path, index), self.order)
+            if _position(path, index) == _position(path, index + 1) or _position(path, index) == here:
+                following = self.history.distance(_position(path, index + 1), self.order)
+                growth = np.maximum(growth, following)  # a repeated level is not a free one
             with np.errstate(invalid="ignore"):
                 allowed &= errors * growth * _influence(path, index, stages) < self.tolerance
             count += allowed
@@ -109,7 +112,7 @@ def _influence(path: Path, index: int, stages: int) -> float:
     """
     before, here, after = (math.exp(-max(path[i].log_snr, -50.0)) for i in (index - 1, index, index + 1))
     second = stages == 2 and index % 2 == 1
-    return ((before if second else here) - after) / here
+    return abs((before if second else here) - after) / here
 
 
 class StabilityRule:
@@ -167,9 +170,8 @@ class StabilityRule:
         late = step >= self.phase and len(self.history.nodes) and self.history.count.min() >= self.nodes
         if late:  # this phase is not adaptive
             stable = np.full(len(x0), step % self.interval != 0)
-        skip = stable & (self.in_row < self.max_skips)
-        self.in_row = np.where(skip, self.in_row + 1, 0)
-        return skip
+        self.in_row = np.where(ran, 0, self.in_row + 1)
+        return stable & (self.in_row < self.max_skips)
 
     def _stable(self, call: Update, result: Any) -> np.ndarray:
         path, index = call.run.path, call.index
