@@ -109,7 +109,8 @@ def _bench(settings: "Settings", out: Path) -> None:
     from .bench import bench
     from .report import table
 
-    Console().print(table(bench(settings, out)))
+    console = Console()
+    console.print(table(bench(settings, out), console.width))
     for what, name in (("report", "report.html"), ("pictures", "grid.png"), ("table", "table.md"),
                        ("record", "bench.json")):  # fmt: skip
         typer.echo(f"{what + ':':10}{out / name}")

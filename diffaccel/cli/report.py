@@ -33,6 +33,8 @@ HEADER = (
     "relative",
 )
 
+NARROW = ("method", "evaluations", "seconds", "speed-up", "RMS")
+
 
 def _cells(row: "Row") -> list[str]:
     speed, realized, error = row.speedup, row.realized, row.fidelity
@@ -54,13 +56,21 @@ def _cells(row: "Row") -> list[str]:
     ]
 
 
-def table(rows: Sequence["Row"]) -> Table:
-    """Returns the rows as a table for the terminal."""
+def table(rows: Sequence["Row"], width: int = 120) -> Table:
+    """Returns the rows as a table for the terminal.
+
+    Arguments:
+        rows: The benchmark's rows.
+        width: The terminal's columns; a narrow one is shown the most important numbers only.
+    """
+    shown = [HEADER.index(name) for name in HEADER if width >= 110 or name in NARROW]
     result = Table(title="against the unaccelerated run on the same noise")
-    for name in HEADER:
-        result.add_column(name, justify="left" if name == "method" else "right")
+    for position in shown:
+        result.add_column(HEADER[position], justify="right" if position else "left", no_wrap=True)
     for row in rows:
-        result.add_row(*_cells(row), style="bold" if row.kind == "accelerated" else None)
+        cells = _cells(row)
+        style = "bold" if row.kind == "accelerated" else None
+        result.add_row(*(cells[position] for position in shown), style=style)
     return result
 
 
