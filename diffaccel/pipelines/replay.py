@@ -60,14 +60,7 @@ class Replay:
             skipped: The samples whose prediction is extrapolated, bool (B).
             keep: Whether repetition is wanted.
         """
-        waiting = skipped.copy()  # samples whose stretch goes on
-        first = len(self._moments)
-        for position in reversed(range(len(self._moments))):
-            waiting &= self._moments[position].skipped
-            if not waiting.any():
-                break
-            first = position
-        del self._moments[:first]
+        del self._moments[: self._begin(skipped)]  # before the stretches that go on
         if keep and skipped.any():
             self._moments.append(_Moment(_state(call.run.scheduler), call, proceed, skipped))
         else:
@@ -89,13 +82,7 @@ class Replay:
             The update with the corrected sample; the scheduler's memory is corrected as well.
         """
         scheduler, path = call.run.scheduler, call.run.path
-        open_, begin = due.copy(), len(self._moments)
-        for position in reversed(range(len(self._moments))):
-            open_ &= self._moments[position].skipped
-            if not open_.any():
-                break
-            begin = position
-        moments = self._moments[begin:]
+        moments = self._moments[self._begin(due) :]
         if not moments:
             return call
         scheduler.__dict__.update(_state_copy(moments[0].state))
@@ -110,6 +97,16 @@ class Replay:
             moment.call = replace(old, sample=sample, output=select(rows, better, old.output))
             sample = moment.proceed(moment.call)[0]
         return replace(call, sample=select(due, sample.to(call.sample.dtype), call.sample))
+
+    def _begin(self, samples: np.ndarray) -> int:
+        """Returns where the longest stretch begins that one of the samples has been skipping until now."""
+        skipping, begin = samples.copy(), len(self._moments)
+        for position in reversed(range(len(self._moments))):
+            skipping &= self._moments[position].skipped
+            if not skipping.any():
+                break
+            begin = position
+        return begin
 
 
 def _state(scheduler: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Sada(Accelerator):
         """Returns the rule with the state of a new loop."""
         if self.criterion == "error":
             return ErrorRule(self.tolerance, self.max_skips, self.order)
-        phase = math.inf if self.late == 1 else self.late * self._updates(run)
+        phase = math.inf if self.late == 1 else self.late * run.num_updates
         phase = phase if math.isinf(phase) else round(phase / self.interval) * self.interval
         return StabilityRule(self.max_skips, phase, self.interval, self.nodes)
 
@@ -181,10 +181,6 @@ class Sada(Accelerator):
 
     def _in_range(self, call: Update) -> bool:
         """Whether the next step may be skipped at all."""
-        step, updates = call.step + 1, self._updates(call.run)
+        step, updates = call.step + 1, call.run.num_updates
         first = max(math.ceil(self.skip_from * updates), self.order + 1 if self.criterion == "error" else 3)
         return self.max_skips > 0 and first <= step < min(self.skip_until * updates, updates - 1)
-
-    @staticmethod
-    def _updates(run: Run) -> int:
-        return run.num_updates
