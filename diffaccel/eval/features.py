@@ -1,0 +1,63 @@
+"""Feature vectors of a set of images: in memory, or in a file that is mapped block by block."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["FeatureFile", "Rows", "blocks"]
+
+ROWS = 2048
+"""Rows that are read at once: 16 MB of 2048 float32 features."""
+
+
+class Rows(Protocol):
+    """Feature vectors (N, d); a numpy array is one, and so is a `FeatureFile`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of vectors, and their length."""
+        ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Returns the vectors of a slice."""
+        ...
+
+
+def blocks(features: Rows, size: int = ROWS) -> Iterator[np.ndarray]:
+    """Yields the rows as float64 arrays (B, d) of at most ``size`` rows."""
+    for start in range(0, features.shape[0], size):
+        yield np.asarray(features[start : start + size], dtype=np.float64)
+
+
+class FeatureFile:
+    """Float32 feature vectors in a raw file, which grows by `append`; no more than a block is in memory.
+
+    Arguments:
+        path: The file; what it holds already is kept.
+        dim: The length of a vector.
+    """
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self.path, self.dim = path, dim
+        self.count = path.stat().st_size // (4 * dim) if path.exists() else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of vectors, and their length."""
+        return self.count, self.dim
+
+    def append(self, rows: np.ndarray) -> None:
+        """Adds vectors (B, d) at the end."""
+        with self.path.open("ab") as file:
+            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+        self.count += len(rows)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Returns the vectors of a slice; the mapping lives as long as the array."""
+        start, stop, step = rows.indices(self.count)
+        if stop <= start:
+            return np.empty((0, self.dim), np.float32)
+        mapped = np.memmap(self.path, "<f4", "r", offset=4 * self.dim * start, shape=(stop - start, self.dim))
+        return mapped[::step]
