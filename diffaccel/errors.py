@@ -6,7 +6,10 @@ from collections.abc import Iterable
 __all__ = [
     "AcceleratorConflict",
     "DiffaccelError",
+    "MissingReference",
+    "MissingWeights",
     "ModelError",
+    "ProtocolMismatch",
     "OptionError",
     "UnknownAccelerator",
     "UnsupportedPipeline",
@@ -40,6 +43,18 @@ class OptionError(DiffaccelError, ValueError, TypeError):
 
 class ModelError(DiffaccelError, ValueError):
     """A model folder or file that is missing, damaged, or not what was expected."""
+
+
+class MissingWeights(DiffaccelError, FileNotFoundError):
+    """The weights of an evaluation network, which are not on this machine or not what they should be."""
+
+
+class MissingReference(DiffaccelError, FileNotFoundError):
+    """Reference images or statistics that are not on this machine."""
+
+
+class ProtocolMismatch(DiffaccelError, ValueError):
+    """Results, or statistics, that were made in different ways and cannot be compared."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

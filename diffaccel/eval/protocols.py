@@ -1,0 +1,174 @@
+"""Named protocols: everything between an image and its features that moves a score, frozen under one name.
+
+Scores of different protocols cannot be compared; the name, the version and the weights' SHA-256 go into every
+result. The table is that of the published evaluations; `offline` and `fashion` need no network.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError, closest
+from .networks import Outputs, fold, load_network
+from .pixels import resize
+
+__all__ = ["PROTOCOLS", "Extractor", "Protocol", "protocol"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+SCALINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tf": lambda x: (x - 128) / 128,
+    "symmetric": lambda x: x / 127.5 - 1,
+    "unit": lambda x: x / 255,
+    "imagenet": lambda x: _normalize(x, IMAGENET_MEAN, IMAGENET_STD),
+    "clip": lambda x: _normalize(x, CLIP_MEAN, CLIP_STD),
+    "none": lambda x: x,
+}
+"""How pixels in [0, 255] become the input of a network."""
+
+
+def _normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    center, width = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (pixels / 255 - center) / width
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way from images to features.
+
+    Arguments:
+        name: Its name.
+        network: The network, one of ``NETWORKS``.
+        size: The side of the images that the network sees; 0 for their own size.
+        resizer: How they come to this size, one of ``RESIZERS``.
+        scaling: How pixels become its input, one of ``SCALINGS``.
+        quantizer: How floats become bytes, one of ``QUANTIZERS``.
+        metrics: What is computed by default.
+        neighbors: k of precision and recall.
+        images: The published number of generated images; another number is another score.
+        version: Counts changes of this definition.
+    """
+
+    name: str
+    network: str
+    size: int
+    resizer: str
+    scaling: str
+    quantizer: str = "round"
+    metrics: tuple[str, ...] = ("fid",)
+    neighbors: int = 5
+    images: int = 50_000
+    version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what features depend on, as plain data."""
+        record = asdict(self)
+        for name in ("metrics", "neighbors", "images"):
+            del record[name]
+        return record
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("clean", "inception-torchscript", 299, "clean", "tf", metrics=("fid", "kid")),
+        Protocol("legacy_tf", "inception-torchscript", 299, "tf1_bilinear", "tf", "half_up"),
+        Protocol("adm", "inception-state", 299, "tf1_bilinear", "tf", "trunc",
+                 metrics=("fid", "sfid", "is", "pr"), neighbors=3),
+        Protocol("pytorch_fid", "inception-state", 299, "bilinear", "symmetric"),
+        Protocol("torchmetrics_1_9", "inception-state", 299, "bilinear_antialias", "tf", "trunc",
+                 metrics=("fid", "kid", "is")),
+        Protocol("dgm_dinov2", "dinov2-large", 224, "pil_bicubic", "imagenet",
+                 metrics=("fid", "kid", "prdc")),
+        Protocol("edm2_dinov2", "dinov2-large", 224, "bicubic_antialias", "imagenet"),
+        Protocol("cmmd", "clip-large-336", 336, "bicubic_antialias", "clip",
+                 metrics=("cmmd",), images=30_000),
+        Protocol("offline", "efficientnet-lite0", 96, "bicubic_antialias", "imagenet",
+                 metrics=("fid", "kid", "prdc", "is"), images=5_000),
+        Protocol("offline_224", "efficientnet-lite0", 224, "bicubic_antialias", "imagenet",
+                 metrics=("fid", "kid", "prdc", "is"), images=5_000),
+        Protocol("fashion", "fashion-classifier", 32, "bicubic_antialias", "unit",
+                 metrics=("fid", "kid", "prdc"), images=5_000),
+    )
+}  # fmt: skip
+"""The protocols by name."""
+
+
+def protocol(name: str) -> Protocol:
+    """Returns a protocol by its name.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    if name not in PROTOCOLS:
+        raise OptionError(f"no protocol {name!r}; {closest(name, PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+class Extractor:
+    """Computes features of byte images under a protocol.
+
+    TF32 is off meanwhile: it moves scores by more than their error.
+
+    Arguments:
+        protocol: The protocol.
+        network: A network of one's own instead of the protocol's: images to features (B, d), or to `Outputs`.
+        device: Where it runs.
+        bf16: Whether to compute in bfloat16, which changes scores and is recorded.
+        weights: What to record for a network of one's own.
+
+    The network is loaded when it is needed; `MissingWeights` is raised then, if it is not on this machine.
+    """
+
+    def __init__(self, protocol: Protocol, device: torch.device | str = "cpu", bf16: bool = False,
+                 network: nn.Module | None = None, weights: str = "custom") -> None:  # fmt: skip
+        self.protocol, self.device, self.bf16 = protocol, torch.device(device), bf16
+        self._own, self._own_weights = network, weights
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[nn.Module, str]:
+        """The network, and the SHA-256 of its weights."""
+        if self._own is not None:
+            return fold(self._own).to(self.device), self._own_weights
+        return load_network(self.protocol.network, self.device)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the features depend on, as plain data."""
+        return {**self.protocol.to_dict(), "weights": self._loaded[1], "bf16": self.bf16}
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Outputs:
+        """Returns float32 outputs on the CPU.
+
+        Arguments:
+            pixels: Byte images (B, 3, H, W).
+        """
+        protocol = self.protocol
+        images = pixels.to(self.device)
+        if protocol.size:
+            images = resize(images, protocol.size, protocol.resizer)
+        images = SCALINGS[protocol.scaling](images.float()).contiguous(memory_format=torch.channels_last)
+        with _without_tf32(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            outputs = self._loaded[0](images)
+        if isinstance(outputs, Tensor):
+            outputs = Outputs(outputs.flatten(1))
+        features, *others = (None if part is None else part.float().cpu() for part in outputs)
+        assert features is not None
+        return Outputs(features, *others)
+
+
+class _without_tf32:
+    """Turns TF32 off in matrix products and convolutions."""
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *exc: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before

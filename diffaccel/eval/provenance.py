@@ -1,0 +1,59 @@
+"""What a result depends on beside its protocol: versions, machine, digests of data and of settings."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["digest_of", "machine", "plain", "settings_digest", "versions"]
+
+PACKAGES = ("diffaccel", "diffusers", "torch", "torchvision", "transformers", "numpy", "scipy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Returns what times depend on: processor, cores, threads, device."""
+    name = platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        name = found[1] if found else name
+    used = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": used}
+
+
+def digest_of(digests: Iterable[bytes]) -> str:
+    """Returns the SHA-256 of the sorted digests of images: the same for the same images in any order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of settings, plain data."""
+    return hashlib.sha256(json.dumps(plain(settings), sort_keys=True).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as plain data for strict JSON; what JSON does not have becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -1,0 +1,110 @@
+"""From two sets of images to one record of scores, with everything that they depend on."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingReference, ProtocolMismatch
+from .arrays import members
+from .images import Images, open_images
+from .metrics import METRICS, check_metrics, kept_of_generated, kept_of_reference, score, shown_name
+from .protocols import Extractor, Protocol
+from .provenance import plain
+from .statistics import Statistics, collect, load_statistics
+
+__all__ = ["is_statistics", "measure", "record_of", "statistics_of"]
+
+
+def is_statistics(path: Path) -> bool:
+    """Returns whether a path is a file of statistics, not of images."""
+    return path.suffix.lower() == ".npz" and path.is_file() and {"mu", "sigma"} <= set(members(path))
+
+
+def statistics_of(data: Any, extractor: Extractor, keep: Iterable[str], spatial: bool, *,
+                  count: int | None = None, batch: int = 64, mixed: bool = False,
+                  advance: Callable[[int], None] = lambda count: None) -> Statistics:  # fmt: skip
+    """Returns the statistics of images, or of a file of statistics.
+
+    Arguments:
+        data: What `open_images` takes, a path of statistics, or `Statistics`.
+        extractor: The extractor.
+        keep: Which outputs to keep image by image.
+        spatial: Whether to collect spatial features.
+        count: The number of images to use.
+        batch: Images at once.
+        mixed: Whether images may differ in size.
+        advance: Told the size of each batch that is done.
+
+    Raises:
+        MissingReference: If there is no such file.
+    """
+    if isinstance(data, Statistics):
+        return data
+    if isinstance(data, (str, Path)):
+        path = Path(data)
+        if not path.exists():
+            raise MissingReference(f"no file or folder {str(path)!r}; expected images, or statistics as .npz")
+        if is_statistics(path):
+            statistics = load_statistics(path)
+            _check_protocol(statistics, extractor.protocol)
+            return statistics
+    images = data if isinstance(data, Images) else open_images(data, extractor.protocol.quantizer)
+    return collect(images, extractor, keep, spatial, count, batch, mixed, advance)
+
+
+def _check_protocol(statistics: Statistics, protocol: Protocol) -> None:
+    made = (statistics.protocol or {}).get("name", protocol.name)
+    if made != protocol.name:
+        raise ProtocolMismatch(
+            f"{statistics.meta['file']!r} holds statistics of the protocol {made!r}, not {protocol.name!r}"
+        )
+
+
+def measure(generated: Any, reference: Any, extractor: Extractor, metrics: Iterable[str] = (), *,
+            count: int | None = None, batch: int = 64, mixed: bool = False,
+            advance: Callable[[int], None] = lambda count: None) -> dict[str, Any]:  # fmt: skip
+    """Scores one set of images against another, and returns the record.
+
+    Arguments:
+        generated: Images (what `open_images` takes), a path of statistics, or `Statistics`.
+        reference: The same of the reference.
+        extractor: The extractor of the protocol.
+        metrics: Names of ``METRICS``; those of the protocol by default.
+        count: The number of generated images to use.
+        batch: Images at once.
+        mixed: Whether images may differ in size.
+        advance: Told the size of each batch that is done.
+
+    Raises:
+        DiffaccelError: For anything that makes a score impossible or wrong.
+    """
+    names = check_metrics(metrics or extractor.protocol.metrics)
+    spatial = any(METRICS[name].spatial for name in names)
+    options: dict[str, Any] = {"batch": batch, "mixed": mixed, "advance": advance}
+    y = statistics_of(reference, extractor, kept_of_reference(names), spatial, **options)
+    x = statistics_of(generated, extractor, kept_of_generated(names), spatial, count=count, **options)
+    return record_of(x, y, names, extractor.protocol)
+
+
+def record_of(
+    generated: Statistics, reference: Statistics, names: Iterable[str], protocol: Protocol
+) -> dict[str, Any]:
+    """Returns the scores of two sets as plain data, with everything that they depend on.
+
+    Arguments:
+        generated: The statistics of the generated images.
+        reference: The statistics of the reference images.
+        names: The metrics.
+        protocol: The protocol.
+    """
+    scores = score(generated, reference, names, protocol)
+    return plain({
+        "protocol": protocol.name,
+        "features": generated.protocol or reference.protocol,
+        "n": generated.count,
+        "m": reference.count,
+        "scores": {name: {"name": shown_name(name, generated.count, protocol), **value.to_dict()}
+                   for name, value in scores.items()},
+        "generated": {key: value for key, value in generated.meta.items() if key != "protocol"},
+        "reference": {key: value for key, value in reference.meta.items() if key != "protocol"},
+    })  # fmt: skip
