@@ -8,9 +8,10 @@ from tiny_pipelines import TINY
 
 from diffaccel import accelerate
 from diffaccel.cli.bench import Bench, Settings
-from diffaccel.cli.options import Sampler, plain
 from diffaccel.cli.report import draw_grid, markdown, render
 from diffaccel.eval import Timing, clock_outside, count_flops, fidelity, interleave, order_of, timed
+from diffaccel.eval.provenance import plain
+from diffaccel.eval.sampler import Sampler
 
 CPU = torch.device("cpu")
 

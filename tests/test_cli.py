@@ -11,16 +11,11 @@ import torch
 
 from diffaccel import cli, zoo
 from diffaccel.cli import bench as benching
-from diffaccel.cli.options import (
-    SCHEDULERS,
-    OutputError,
-    Sampler,
-    plain,
-    read_accel,
-    set_scheduler,
-    write_files,
-)
+from diffaccel.cli.reading import SCHEDULERS, read_accel, set_scheduler
+from diffaccel.cli.writing import OutputError, write_files
 from diffaccel.errors import OptionError
+from diffaccel.eval.provenance import plain
+from diffaccel.eval.sampler import Sampler
 from diffaccel.pipelines import resolve
 from diffaccel.pipelines.accelerator import tag
 

@@ -10,24 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from ..eval import Fidelity, Timing, clock_outside, count_flops, fidelity, interleave, timed
+from ..eval.provenance import machine, plain, versions
+from ..eval.sampler import Sampler, default_conditions, device_of
 from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
 from .generate import load
-from .options import (
-    Sampler,
-    check_options,
-    check_output,
-    default_conditions,
-    device_of,
-    machine,
-    plain,
-    progress_bar,
-    read_accel,
-    read_prompts,
-    versions,
-    write_files,
-)
+from .reading import check_options, read_accel, read_prompts
 from .report import draw_grid, markdown, render
+from .writing import check_output, progress_bar, write_files
 
 __all__ = ["Row", "Settings", "bench"]
 

@@ -10,21 +10,12 @@ from torchvision.transforms.functional import to_pil_image
 
 from .. import zoo
 from ..errors import OptionError
+from ..eval.provenance import plain, versions
+from ..eval.sampler import Sampler
 from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
-from .options import (
-    DTYPES,
-    Sampler,
-    StepBar,
-    check_options,
-    check_output,
-    plain,
-    progress_bar,
-    read_accel,
-    set_scheduler,
-    versions,
-    write_files,
-)
+from .reading import DTYPES, check_options, read_accel, set_scheduler
+from .writing import StepBar, check_output, progress_bar, write_files
 
 __all__ = ["generate", "load"]
 

@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found
+    return {**found, "torch": torch.__version__}  # with the build, such as +cpu
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Whole files or none, and progress bars."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+from ..errors import DiffaccelError
+
+__all__ = ["OutputError", "StepBar", "check_output", "progress_bar", "write_files"]
+
+
+class OutputError(DiffaccelError, OSError):
+    """An output folder that cannot be written."""
+
+
+def check_output(folder: Path) -> None:
+    """Checks that files can be written to a folder, which need not exist yet and is not made.
+
+    Raises:
+        OutputError: If they cannot.
+    """
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from None
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
+    """Writes files to a folder: all under temporary names first, and then each gets its own.
+
+    Whatever goes wrong, there is no half-written file, and no folder that was not there before.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    staged: list[tuple[str, Path]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
+            staged.append((temporary, folder / name))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+            os.chmod(temporary, 0o644)
+        for temporary, path in staged:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from None
+    finally:
+        for temporary, _ in staged:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        for path in missing:  # innermost first; those with files in them stay
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return [path for _, path in staged]
+
+
+def progress_bar() -> Progress:
+    """Returns a progress bar on stderr, which is silent where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, transient=True, console=console, disable=not console.is_terminal)
+
+
+class StepBar:
+    """Stands for the progress bar of a pipeline, and tells how many of how many steps are done."""
+
+    def __init__(self, tell: Callable[[int, int], None], iterable: Any = None, total: Any = None) -> None:
+        self.tell, self.iterable, self.done = tell, iterable, 0
+        self.total = int(total) if total is not None else len(iterable)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        """Counts steps."""
+        self.done += n
+        self.tell(self.done, self.total)
+
+    def set_postfix(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what some pipelines would show."""
