@@ -8,7 +8,9 @@ from tiny_pipelines import TINY
 
 from diffaccel import accelerate
 from diffaccel.cli.bench import Bench, Settings
-from diffaccel.cli.report import draw_grid, markdown, render
+from diffaccel.cli.figures import draw_grid
+from diffaccel.cli.report import page
+from diffaccel.cli.tables import bench_lines, markdown
 from diffaccel.eval import Timing, clock_outside, count_flops, fidelity, interleave, order_of, timed
 from diffaccel.eval.provenance import plain
 from diffaccel.eval.sampler import Sampler
@@ -141,10 +143,10 @@ def test_report(work):
     assert json.loads(json.dumps(plain(record), allow_nan=False))["rows"][0]["fidelity"]["psnr"] == "inf"
     grid = draw_grid([(row.label, work.images[id(row)]) for row in work.rows], ["one", "two", "three"])
     assert grid.startswith(b"\x89PNG")
-    page = render(work.rows, record, grid)
-    assert "&lt;tiny&gt;" in page and page.count("data:image/png;base64,") == 2
-    assert "http" not in page.replace("http-equiv", ""), "self-contained"
-    assert markdown(work.rows).count("\n") == 2 + len(work.rows)
+    text = page([record], [grid])
+    assert "&lt;tiny&gt;" in text and text.count("data:image/png;base64,") == 2
+    assert "http" not in text.replace("http-equiv", ""), "self-contained"
+    assert markdown(bench_lines(rows)).count("\n") == 2 + len(work.rows)
 
 
 def test_plain_fewer_steps_are_there_even_if_nothing_was_skipped():

@@ -1,4 +1,4 @@
-"""The command line: ``diffaccel list | generate | bench | demo``."""
+"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | report``."""
 
 import sys
 from collections.abc import Sequence
@@ -107,13 +107,120 @@ def _bench(settings: "Settings", out: Path) -> None:
     from rich.console import Console
 
     from .bench import bench
-    from .report import table
+    from .tables import bench_lines, table
 
     console = Console()
-    console.print(table(bench(settings, out), console.width))
+    console.print(table(bench_lines(bench(settings, out)["rows"]), console.width))
     for what, name in (("report", "report.html"), ("pictures", "grid.png"), ("table", "table.md"),
                        ("record", "bench.json")):  # fmt: skip
         typer.echo(f"{what + ':':10}{out / name}")
+
+
+Protocol = Annotated[str, typer.Option(help="clean, adm, offline, fashion, ...: see docs/evaluation.md.")]
+Metrics = Annotated[str, typer.Option(help="Such as fid,kid,pr; those of the protocol by default.")]
+Mixed = Annotated[bool, typer.Option("--mixed-sizes", help="Allow images of different sizes.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Features in bfloat16: faster, other numbers, recorded.")]
+Count = Annotated[int | None, typer.Option(min=2, help="The first N images only.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images at once.")]
+
+
+@app.command("fid")
+def fid_(
+    generated: Annotated[Path, typer.Argument(help="Images: folder, zip, npz or npy; or statistics.")],
+    reference: Annotated[Path, typer.Argument(help="Images, or statistics written by `diffaccel stats`.")],
+    protocol: Protocol = "clean",
+    metrics: Metrics = "",
+    n: Count = None,
+    batch: Batch = 64,
+    mixed: Mixed = False,
+    device: Device = "cpu",
+    bf16: Bf16 = False,
+    json: Annotated[Path | None, typer.Option(help="File for the full record.")] = None,
+) -> None:
+    """Scores a set of images against a reference, with standard errors."""
+    from .scoring import fid, lines_of
+
+    record = fid(generated, reference, protocol, _names(metrics), n, batch, mixed, device, bf16, json)
+    for line in lines_of(record):
+        typer.echo(line)
+
+
+@app.command("stats")
+def stats_(
+    data: Annotated[Path, typer.Argument(help="Images: folder, zip, npz or npy.")],
+    out: Annotated[Path, typer.Option(help="The .npz file; clean-fid, pytorch-fid, EDM and ADM read it.")],
+    protocol: Protocol = "clean",
+    features: Annotated[
+        bool, typer.Option("--features", help="Keep each image's features, for kid, pr.")
+    ] = False,
+    spatial: Annotated[bool, typer.Option("--spatial", help="Keep spatial statistics, for sfid.")] = False,
+    n: Count = None,
+    batch: Batch = 64,
+    mixed: Mixed = False,
+    device: Device = "cpu",
+    bf16: Bf16 = False,
+) -> None:
+    """Writes the statistics of a set of images, to be a reference."""
+    from .scoring import stats
+
+    typer.echo(stats(data, protocol, features, spatial, n, batch, mixed, device, bf16, out))
+
+
+@app.command("eval")
+def eval_(
+    model: Model,
+    accel: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {AccelHelp}")] = None,
+    steps: Steps = 50,
+    plain_steps: Annotated[list[int] | None, typer.Option(min=1, help="Further plain step counts.")] = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt or label a line, in turn.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=2, help="Number of images of each method.")] = 5000,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call, and in a part that is saved.")] = 64,
+    seed: Seed = 0,
+    protocol: Protocol = "offline",
+    metrics: Metrics = "",
+    reference: Annotated[
+        Path | None, typer.Option(help="Images or statistics; models of the zoo have one.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the parts of an earlier run.")
+    ] = False,
+    save_images: Annotated[bool, typer.Option("--save-images", help="Write all images as PNG, too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the record and its parts.")] = Path("out/eval"),
+) -> None:
+    """Generates and scores the plain pipeline and accelerated ones; goes on after a kill."""
+    from rich.console import Console
+
+    from .evaluate import Settings, evaluate
+    from .tables import eval_lines, table
+
+    settings = Settings(model, tuple(accel or ()), steps, tuple(plain_steps or ()), guidance, scheduler,
+                        prompts, n, batch, seed, protocol, _names(metrics), reference, device, dtype)  # fmt: skip
+    record = evaluate(settings, out, restart, save_images)
+    if record:
+        console = Console()
+        console.print(table(eval_lines(record["rows"]), console.width))
+        typer.echo(f"report: {out / 'report.html'}\nrecord: {out / 'eval.json'}")
+
+
+@app.command("report")
+def report_(
+    records: Annotated[list[Path], typer.Argument(help="eval.json, bench.json, fid records, folders.")],
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("out/report.html"),
+) -> None:
+    """Puts records on one HTML page; those that cannot be compared are refused."""
+    from .report import report
+
+    typer.echo(report(records, out))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 _USAGE_ERRORS: tuple[type[Exception], ...] = tuple(

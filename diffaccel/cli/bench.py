@@ -14,9 +14,11 @@ from ..eval.provenance import machine, plain, versions
 from ..eval.sampler import Sampler, default_conditions, device_of
 from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
+from .figures import draw_grid
 from .generate import load
 from .reading import check_options, read_accel, read_prompts
-from .report import draw_grid, markdown, render
+from .report import page
+from .tables import bench_lines, markdown
 from .writing import check_output, progress_bar, write_files
 
 __all__ = ["Row", "Settings", "bench"]
@@ -170,8 +172,11 @@ def _calls(report: Any) -> int:
     return report.requested - len(skipped)
 
 
-def bench(settings: Settings, out: Path) -> list[Row]:
+def bench(settings: Settings, out: Path) -> dict[str, Any]:
     """Runs a benchmark and writes ``bench.json``, ``table.md``, ``grid.png`` and ``report.html``.
+
+    Returns:
+        The record that ``bench.json`` holds.
 
     Raises:
         DiffaccelError: For any mistake in the settings; nothing is written then.
@@ -196,14 +201,16 @@ def bench(settings: Settings, out: Path) -> list[Row]:
             total = len(work.rows) * settings.rounds
             task = progress.add_task(f"{settings.rounds} interleaved rounds", total=total)
             work.measure(lambda: progress.advance(task))
-    write_files(out, _files(work))
-    return work.rows
+    record = _record(work)
+    write_files(out, _files(work, record))
+    return record
 
 
-def _files(work: Bench) -> dict[str, str | bytes]:
+def _record(work: Bench) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(work.settings).items() if value is not None}
     scheduler = work.pipe.scheduler
-    record = plain({
+    return plain({
+        "kind": "bench",
         "settings": {**settings, "prompts": str(settings.get("prompts", "built in")),
                      "guidance": work.sampler.guidance},
         "images": work.sampler.count,
@@ -215,12 +222,15 @@ def _files(work: Bench) -> dict[str, str | bytes]:
         "versions": versions(),
         "rows": [row.to_dict() for row in work.rows],
     })  # fmt: skip
+
+
+def _files(work: Bench, record: dict[str, Any]) -> dict[str, str | bytes]:
     images = [(row.label, work.images[id(row)][:12]) for row in work.rows]
     captions = work.sampler.conditions[:12] or [f"image {n}" for n in range(12)]
     grid = draw_grid(images, captions)
     return {
         "bench.json": json.dumps(record, indent=1, allow_nan=False),
-        "table.md": markdown(work.rows),
+        "table.md": markdown(bench_lines(record["rows"])),
         "grid.png": grid,
-        "report.html": render(work.rows, record, grid),
+        "report.html": page([record], [grid]),
     }

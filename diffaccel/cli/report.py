@@ -1,154 +1,210 @@
-"""The table, the picture and the HTML page of a benchmark."""
+"""Records as an HTML page, and ``diffaccel report``, which puts several on one if they can be compared."""
 
 import base64
-import io
-import statistics
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
-import matplotlib
-from rich.table import Table
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from .bench import Row
+from ..errors import OptionError, ProtocolMismatch
+from .figures import Point, draw_plot
+from .tables import Lines, Row, bench_lines, eval_lines, label_of
+from .writing import check_output, write_files
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+__all__ = ["check_comparable", "page", "read_record", "report"]
 
-__all__ = ["draw_grid", "markdown", "render", "table"]
-
-HEADER = (
-    "method",
-    "evaluations",
-    "calls",
-    "GFLOP/image",
-    "seconds",
-    "speed-up",
-    "of the ideal",
-    "RMS",
-    "PSNR",
-    "relative",
-)
-
-NARROW = ("method", "evaluations", "seconds", "speed-up", "RMS")
+Record = Mapping[str, Any]
+FILES = ("eval.json", "bench.json", "fid.json")
+SAME = ("protocol", "features", "n", "m")
+"""What records of evaluations must agree in."""
 
 
-def _cells(row: "Row") -> list[str]:
-    speed, realized, error = row.speedup, row.realized, row.fidelity
-    if speed is None or realized is None or error is None:
-        raise ValueError(f"the row {row.label!r} has not been measured")
-    low, high = speed.quartiles
-    reference = row.kind == "reference"
-    return [
-        row.label,
-        f"{row.evaluated:.4g} of {row.requested}",
-        str(row.calls),
-        "-" if row.flops is None else f"{row.flops / 1e9:.3g}",
-        f"{statistics.median(row.seconds):.2f}",
-        "1" if reference else f"{speed.median:.2f} ({low:.2f}-{high:.2f})",
-        "-" if reference else f"{100 * realized.median:.0f} %",
-        "0" if reference else f"{error.rms:.5f}",
-        "-" if reference else f"{error.psnr:.1f} dB",
-        "0" if reference else f"{error.relative:.4f}",
-    ]
-
-
-def table(rows: Sequence["Row"], width: int = 120) -> Table:
-    """Returns the rows as a table for the terminal.
+def page(records: Sequence[Record], grids: Sequence[bytes | None]) -> str:
+    """Returns an HTML page, which needs no other file.
 
     Arguments:
-        rows: The benchmark's rows.
-        width: The terminal's columns; a narrow one is shown the most important numbers only.
+        records: What ``bench.json``, ``eval.json`` or the record of ``diffaccel fid`` hold.
+        grids: The picture of each record's samples, as PNG.
+
+    Raises:
+        ProtocolMismatch: If evaluations among them cannot be compared.
     """
-    shown = [HEADER.index(name) for name in HEADER if width >= 110 or name in NARROW]
-    result = Table(title="against the unaccelerated run on the same noise")
-    for position in shown:
-        result.add_column(HEADER[position], justify="right" if position else "left", no_wrap=True)
-    for row in rows:
-        cells = _cells(row)
-        style = "bold" if row.kind == "accelerated" else None
-        result.add_row(*(cells[position] for position in shown), style=style)
-    return result
-
-
-def markdown(rows: Sequence["Row"]) -> str:
-    """Returns the rows as a table in Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *(_cells(row) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def draw_grid(images: Sequence[tuple[str, Tensor]], captions: Sequence[str]) -> bytes:
-    """Draws one line of pictures a method.
-
-    Arguments:
-        images: Names and images (N, C, H, W) in [0, 1].
-        captions: What the N pictures show.
-
-    Returns:
-        The picture as PNG.
-    """
-    columns = len(images[0][1])
-    figure, axes = plt.subplots(len(images), columns, squeeze=False,
-                                figsize=(1.0 * columns + 1.8, 1.05 * len(images) + 0.4))  # fmt: skip
-    for line, (name, pictures) in zip(axes, images, strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture.movedim(0, -1).clamp(0, 1).cpu().float().numpy(), interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for axis, caption in zip(axes[0], captions, strict=False):
-        axis.set_title(caption.removeprefix("a photo of ").replace(" ", "\n", 2), fontsize=7)
-    return _png(figure)
-
-
-def _plot(rows: Sequence["Row"]) -> bytes:
-    figure, axis = plt.subplots(figsize=(6.4, 3.8))
-    for kind, style in (("plain", {"fmt": "s--", "color": "#888"}), ("accelerated", {"fmt": "o"})):
-        chosen = sorted((row for row in rows if row.kind == kind), key=lambda row: row.evaluated)
-        points = [(row.speedup.median, row.fidelity.rms, row) for row in chosen
-                  if row.speedup and row.fidelity and row.fidelity.rms > 0]  # fmt: skip
-        if not points:
-            continue
-        across, up = [x for x, _, _ in points], [y for _, y, _ in points]
-        name = "plain, fewer steps" if kind == "plain" else "accelerated"
-        axis.plot(across, up, style["fmt"], color=style.get("color", "#d2491a"), label=name)
-        for x, y, row in points:
-            low, high = row.speedup.quartiles if row.speedup else (x, x)
-            axis.plot([low, high], [y, y], color=style.get("color", "#d2491a"), linewidth=1)
-            axis.annotate(row.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set_yscale("log")
-    axis.set_xlabel("wall-clock speed-up (bar: quartiles of the rounds)")
-    axis.set_ylabel("RMS error of pixels")
-    axis.grid(alpha=0.25, which="both")
-    if axis.has_data():
-        axis.legend(frameon=False, fontsize=8)
-    return _png(figure)
-
-
-def render(rows: Sequence["Row"], record: dict[str, Any], grid: bytes) -> str:
-    """Returns the HTML page, which needs no other file.
-
-    Arguments:
-        rows: The benchmark's rows.
-        record: What ``bench.json`` holds.
-        grid: The picture of `draw_grid`.
-    """
+    check_comparable(records)
+    sections = [_section(record, grid) for record, grid in zip(records, grids, strict=True)]
+    evaluations = [record for record in records if kind_of(record) == "eval"]
+    if len(evaluations) > 1:
+        sections.insert(0, _together(evaluations))
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True)
-    return environment.from_string(template).render(
-        header=HEADER,
-        lines=[(row.kind, _cells(row)) for row in rows],
-        record=record,
-        grid=base64.b64encode(grid).decode(),
-        plot=base64.b64encode(_plot(rows)).decode(),
-    )
+    return environment.from_string(template).render(sections=sections)
+
+
+def kind_of(record: Record) -> str:
+    """Returns "eval", "bench" or "fid".
+
+    Raises:
+        OptionError: If it is none of them.
+    """
+    rows = record.get("rows")
+    if isinstance(rows, list) and rows and all("fidelity" in row and "speedup" in row for row in rows):
+        return "bench"
+    if isinstance(rows, list) and rows and all("scores" in row for row in rows):
+        return "eval"
+    if isinstance(record.get("scores"), dict):
+        return "fid"
+    raise OptionError("a record must have rows or scores; expected eval.json, bench.json or what fid wrote")
+
+
+def check_comparable(records: Sequence[Record]) -> None:
+    """Checks that all evaluations and scores were made under the same protocol, number and reference.
+
+    Raises:
+        ProtocolMismatch: Naming what differs.
+    """
+    scored = [record for record in records if kind_of(record) in ("eval", "fid")]
+    for record in scored[1:]:
+        for name in SAME:
+            ours, theirs = scored[0].get(name), record.get(name)
+            if ours != theirs:
+                raise ProtocolMismatch(
+                    f"these results cannot be compared: {name} is {_short(ours)} and {_short(theirs)}"
+                )
+        ours, theirs = (r["reference"].get("data") for r in (scored[0], record))
+        if ours != theirs:
+            raise ProtocolMismatch("these results cannot be compared: they have different references")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _section(record: Record, grid: bytes | None) -> dict[str, Any]:
+    kind = kind_of(record)
+    settings = dict(record.get("settings", {}))
+    facts = {**settings, **record.get("machine", {}), **record.get("versions", {})}
+    pictures = [] if grid is None else [("one line of pictures a method", _data(grid))]
+    if kind == "bench":
+        lines, note = bench_lines(record["rows"]), _BENCH_NOTE.format(rounds=settings.get("rounds", "?"))
+        title = f"{settings.get('model')}: speed and fidelity"
+        sub = (f"{record['images']} images, {settings['steps']} steps of {record['scheduler']}, "
+               "the same noise in every row")  # fmt: skip
+        plots = [("plot of error against speed-up", _data(_bench_plot(record["rows"])))]
+    elif kind == "eval":
+        lines, note = eval_lines(record["rows"]), _EVAL_NOTE
+        title = f"{settings.get('model')}: quality under the protocol {record['protocol']}"
+        sub = f"{record['n']} images against {record['m']}: {record['reference'].get('source', '')}"
+        plots = _eval_plots(record["rows"])
+    else:
+        lines, note, plots = _fid_lines(record), _EVAL_NOTE, []
+        title = f"{record['generated'].get('source', 'images')} under the protocol {record['protocol']}"
+        sub = f"{record['n']} images against {record['m']}: {record['reference'].get('source', '')}"
+    return {"title": title, "sub": sub, "pictures": pictures, "header": lines.header, "lines": lines.rows,
+            "note": note, "plots": plots, "facts": facts}  # fmt: skip
+
+
+def _together(records: Sequence[Record]) -> dict[str, Any]:
+    """Returns a section with the rows of several evaluations."""
+    rows: list[Row] = []
+    for record in records:
+        where = f"{record['settings'].get('model')}, {record['settings'].get('scheduler_class', '')}"
+        rows += [{**row, "label": f"{where}: {label_of(row)}"} for row in record["rows"]]
+    lines = eval_lines(rows)
+    return {"title": f"All methods under the protocol {records[0]['protocol']}", "sub": "", "pictures": [],
+            "header": lines.header, "lines": lines.rows, "note": _EVAL_NOTE, "plots": _eval_plots(rows),
+            "facts": {}}  # fmt: skip
+
+
+def _fid_lines(record: Record) -> Lines:
+    rows = [{"label": str(record["generated"].get("source", "images")), "name": "plain", "evaluated": 0,
+             "requested": 0, "scores": record["scores"]}]  # fmt: skip
+    lines = eval_lines(rows)
+    keep = [0, *range(2, len(lines.header))]  # nothing is known of evaluations
+    return Lines(lines.title, [lines.header[n] for n in keep],
+                 [(kind, [cells[n] for n in keep]) for kind, cells in lines.rows], lines.narrow)  # fmt: skip
+
+
+def _data(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
+def _bench_plot(rows: Sequence[Row]) -> bytes:
+    points = []
+    for row in rows:
+        error, speed = row["fidelity"]["rms"], row["speedup"]
+        if error:
+            points.append(
+                Point(label_of(row), row["kind"], (speed["median"], *speed["quartiles"]), (error,) * 3)
+            )
+    across = "wall-clock speed-up (bar: quartiles of the rounds)"
+    return draw_plot(points, across, "RMS error of pixels", log=True, less_is_better=False)
+
+
+def _eval_plots(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Returns a plot of each distance against the evaluations that it took."""
+    plots = []
+    for metric in ("fid", "kid"):
+        points = []
+        for row in rows:
+            score = row["scores"].get(metric)
+            if score is not None:
+                value, error = score["value"], score.get("se", 0)
+                kind = "plain" if row["name"] == "plain" else "accelerated"
+                points.append(Point(label_of(row), kind, (row["evaluated"],) * 3,
+                                    (value, value - error, value + error)))  # fmt: skip
+        if points:
+            name = next(row["scores"][metric]["name"] for row in rows if metric in row["scores"])
+            picture = draw_plot(points, "evaluations an image", f"{name} (bar: standard error)", log=False)
+            plots.append((f"plot of {name} against evaluations", _data(picture)))
+    return plots
+
+
+_BENCH_NOTE = (
+    "Evaluations: of the denoiser, a mean per image. Seconds: median of {rounds} interleaved rounds. "
+    "Speed-up: median of the rounds' ratios, with quartiles. Of the ideal: the speed-up, VAE and text "
+    "encoder left out, divided by requested / run evaluations. RMS, PSNR, relative error, SSIM: against the "
+    "first row. GFLOP: matrix products, convolutions and attention of the whole call."
+)
+_EVAL_NOTE = (
+    "± is the standard error from the sampling of the images. Differences are paired: the methods share "
+    "prompts and noise, so their errors are smaller than those of the scores. Scores contain the bias of "
+    "finite samples: compare equal numbers of images only."
+)
+
+
+def read_record(path: Path) -> tuple[Record, bytes | None]:
+    """Returns a record, and the picture of its samples if it lies beside.
+
+    Arguments:
+        path: A JSON file, or a folder with one that a command has written.
+
+    Raises:
+        OptionError: If there is none, or it cannot be read.
+    """
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise OptionError(f"no {', '.join(FILES[:-1])} or {FILES[-1]} in {str(path)!r}")
+        path = found[0]
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        grid = path.with_name("grid.png")
+        picture = grid.read_bytes() if grid.is_file() else None
+    except (OSError, ValueError) as error:
+        raise OptionError(f"cannot read {str(path)!r}: {error}") from None
+    if not isinstance(record, dict):
+        raise OptionError(f"{str(path)!r} holds no record; expected eval.json, bench.json or what fid wrote")
+    return record, picture
+
+
+def report(paths: Sequence[Path], out: Path) -> Path:
+    """Writes one page for some records, and returns its path; the arguments are those of the command.
+
+    Raises:
+        DiffaccelError: If a record cannot be read, or they cannot be compared; nothing is written then.
+    """
+    check_output(out.parent)
+    records, grids = zip(*(read_record(path) for path in paths), strict=True)
+    return write_files(out.parent, {out.name: page(records, grids)})[0]

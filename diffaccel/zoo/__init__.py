@@ -6,6 +6,7 @@ import torch
 
 from diffaccel.zoo.fashion import LABELS, labels, prompts
 from diffaccel.zoo.folders import check_folder, load_pipeline, names, path, resolve_model
+from diffaccel.zoo.reference import reference
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,6 +20,7 @@ __all__ = [
     "names",
     "path",
     "prompts",
+    "reference",
     "resolve_model",
 ]
 

@@ -1,0 +1,214 @@
+"""``diffaccel eval``: generates with every method, scores, and compares; in parts that survive a kill."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import zoo
+from ..errors import MissingReference
+from ..eval import weights
+from ..eval.evaluation import Evaluation, Method, labels_of
+from ..eval.metrics import METRICS, check_metrics, kept_of_reference
+from ..eval.parts import Parts
+from ..eval.protocols import Extractor, protocol
+from ..eval.provenance import machine, plain, settings_digest, versions
+from ..eval.sampler import Sampler, default_conditions
+from ..eval.scoring import statistics_of
+from ..eval.statistics import Statistics, load_statistics, save_statistics
+from ..eval.summary import MethodResult, read_results, summarize
+from ..pipelines import accelerate, resolve
+from ..zoo.folders import quiet
+from .figures import draw_grid
+from .generate import load
+from .reading import check_options, read_accel, read_prompts
+from .report import page
+from .tables import eval_lines, markdown
+from .writing import check_output, progress_bar, write_files
+
+__all__ = ["Settings", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of an evaluation, as the command names them."""
+
+    model: str
+    accel: tuple[str, ...] = ()
+    steps: int = 50
+    plain_steps: tuple[int, ...] = ()
+    guidance: float | None = None
+    scheduler: str | None = None
+    prompts: Path | None = None
+    n: int = 5000
+    batch: int = 64
+    seed: int = 0
+    protocol: str = "offline"
+    metrics: tuple[str, ...] = ()
+    reference: Path | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def methods(self) -> list[Method]:
+        """The plain pipeline first, then the accelerated ones, and the plain one with other steps."""
+        accelerated = [Method(name, self.steps, read_accel(name)) for name in self.accel]
+        others = [Method("plain", steps) for steps in self.plain_steps if steps != self.steps]
+        return [Method("plain", self.steps), *accelerated, *others]
+
+
+def evaluate(
+    settings: Settings, out: Path, restart: bool = False, save_images: bool = False
+) -> dict[str, Any]:
+    """Runs or continues an evaluation; writes ``eval.json``, ``table.md``, ``grid.png`` and ``report.html``.
+
+    Under ``accelerate launch`` the processes share the parts, and the first one writes.
+
+    Arguments:
+        settings: The settings.
+        out: The folder; its ``parts`` are what a later call goes on from.
+        restart: Whether to throw away what has been done.
+        save_images: Whether to write all images as PNG files.
+
+    Returns:
+        The record; an empty one in the other processes.
+
+    Raises:
+        DiffaccelError: For any mistake in the settings; no part is lost by one.
+    """
+    check_options(settings.device, settings.dtype, settings.guidance, settings.scheduler)
+    names = check_metrics(settings.metrics or protocol(settings.protocol).metrics)
+    for name in settings.accel:
+        resolve(read_accel(name))
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    check_output(out)
+    rank, world, wait = _processes(settings.device)
+    device = (
+        settings.device if world == 1 or settings.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    )
+    extractor = Extractor(protocol(settings.protocol), device)
+    with quiet([]):
+        pipe = load(settings.model, settings.scheduler, device, settings.dtype)
+        for name in settings.accel:
+            accelerate(accelerate(pipe, read_accel(name)), None)
+        sampler = _sampler(settings, pipe, prompts)
+        if settings.reference is None and settings.model not in zoo.names():
+            raise MissingReference(
+                "give --reference, images or statistics; only models of the zoo bring their own"
+            )
+        work = Evaluation(pipe, sampler, settings.methods, extractor, out / "images" if save_images else None)
+        parts = Parts(out / "parts", _facts(settings, sampler, extractor), sampler.count, settings.batch)
+        if restart and rank == 0:
+            parts.clear()
+        wait()
+        parts.open()
+        _make(parts, work, rank, world)
+        wait()
+    if rank:
+        return {}
+    return _finish(settings, parts, work, names, out)
+
+
+def _processes(device: str) -> tuple[int, int, Any]:
+    """Returns this process' number, how many there are, and what waits for all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return state.process_index, state.num_processes, state.wait_for_everyone
+
+
+def _sampler(settings: Settings, pipe: Any, prompts: list[str] | None) -> Sampler:
+    if prompts is None:
+        conditions = default_conditions(settings.model, pipe, settings.n)
+    else:  # in turn, as often as it takes
+        conditions = [prompts[n % len(prompts)] for n in range(settings.n)]
+    return Sampler(pipe, conditions, settings.steps, settings.guidance, settings.seed, settings.n)
+
+
+def _facts(settings: Settings, sampler: Sampler, extractor: Extractor) -> dict[str, Any]:
+    """Returns everything that the parts depend on."""
+    chosen = {
+        key: value
+        for key, value in asdict(settings).items()
+        if key not in ("prompts", "reference", "metrics")
+    }
+    scheduler = sampler.pipe.scheduler
+    return plain({
+        **chosen, "guidance": sampler.guidance, "features": extractor.record, "versions": versions(),
+        "conditions": settings_digest({"conditions": sampler.conditions}),
+        "pipeline": type(sampler.pipe).__name__, "scheduler_class": type(scheduler).__name__,
+        "scheduler_config": dict(scheduler.config),
+    })  # fmt: skip
+
+
+def _make(parts: Parts, work: Evaluation, rank: int, world: int) -> None:
+    todo = parts.missing(rank, world)
+    total = sum(len(parts.ranges[number]) for number in todo) * len(work.methods)
+    with progress_bar() as progress:
+        task = progress.add_task("images", total=total)
+        for number in todo:
+            parts.save(number, work.part(parts.ranges[number], lambda count: progress.advance(task, count)))
+
+
+def _finish(
+    settings: Settings, parts: Parts, work: Evaluation, names: list[str], out: Path
+) -> dict[str, Any]:
+    extractor = work.extractor
+    results = read_results(parts, work.methods, extractor, names)
+    record = summarize(results, _reference(settings, extractor, names), extractor, names,
+                       labels_of(work.sampler.conditions))  # fmt: skip
+    record = {"kind": "eval", "settings": parts.settings, **record}
+    grid = draw_grid([(result.method.label, result.shown / 255) for result in results],
+                     work.sampler.conditions[: len(results[0].shown)])  # fmt: skip
+    write_files(out, {
+        "eval.json": json.dumps(record, indent=1, allow_nan=False),
+        "timing.json": json.dumps(_timing(results, extractor.device), indent=1),
+        "table.md": markdown(eval_lines(record["rows"])),
+        "grid.png": grid,
+        "report.html": page([record], [grid]),
+    })  # fmt: skip
+    return record
+
+
+def _timing(results: list[MethodResult], device: torch.device) -> dict[str, Any]:
+    """Returns the seconds an image, beside the record: they differ from run to run."""
+    seconds = {result.method.label: result.seconds / len(result.shown) for result in results}
+    for result in results:
+        seconds[result.method.label] = result.seconds / (result.statistics.count or 1)
+    return {"seconds_per_image": seconds, "machine": machine(device),
+            "note": "not interleaved; use diffaccel bench to compare times"}  # fmt: skip
+
+
+def _reference(settings: Settings, extractor: Extractor, names: list[str]) -> Statistics:
+    """Returns the statistics of the reference; those of the zoo's are kept in the cache."""
+    keep, spatial = kept_of_reference(names), any(METRICS[name].spatial for name in names)
+    with _progress() as advance:
+        if settings.reference is not None:
+            return statistics_of(
+                settings.reference, extractor, keep, spatial, batch=settings.batch, advance=advance
+            )
+        key = settings_digest({"features": extractor.record, "data": "fashion-mnist-test", "spatial": spatial,
+                               "versions": versions()})  # fmt: skip
+        file = weights.cache_folder() / "statistics" / f"{key}.npz"
+        if not file.is_file():
+            images, _ = zoo.reference()
+            found = statistics_of(images, extractor, ("features",), spatial, advance=advance)
+            found.meta["source"] = "the test images of Fashion-MNIST in color (diffaccel.zoo.reference)"
+            save_statistics(found, file)
+        statistics = load_statistics(file)
+        del statistics.meta["file"]
+        return statistics
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    with progress_bar() as progress:
+        task = progress.add_task("reference", total=None)
+        yield lambda count: progress.advance(task, count)

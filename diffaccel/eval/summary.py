@@ -1,0 +1,190 @@
+"""From the parts of an evaluation to its record: scores of each method, and differences from the first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from .classifier import accuracy_of
+from .estimate import Estimate
+from .evaluation import Method
+from .features import blocks
+from .fidelity import Pairs
+from .frechet import Frechet
+from .kernels import kid_difference
+from .metrics import METRICS, check_metrics, kept_of_generated, score, shown_name
+from .parts import Parts
+from .protocols import Extractor
+from .provenance import plain
+from .statistics import Collector, Statistics
+
+__all__ = ["MethodResult", "read_results", "summarize"]
+
+
+@dataclass
+class MethodResult:
+    """What the parts tell of one method.
+
+    Arguments:
+        method: The method.
+        statistics: The statistics of its images.
+        requested: Evaluations of the denoisers that the pipeline asked for, per image.
+        evaluated: Those that were run, per image.
+        seconds: The wall-clock seconds of sampling, all parts together.
+        pairs: The comparison with the first method's images; None for that one.
+        classes: The predicted classes (N), where the classifier knows the conditions.
+        colors: The predicted colors (N), likewise.
+        shown: The first images, as bytes.
+    """
+
+    method: Method
+    statistics: Statistics
+    requested: float
+    evaluated: float
+    seconds: float
+    pairs: Pairs | None
+    classes: Tensor | None
+    colors: Tensor | None
+    shown: Tensor = field(repr=False)
+
+
+def read_results(
+    parts: Parts, methods: Sequence[Method], extractor: Extractor, metrics: Sequence[str]
+) -> list[MethodResult]:
+    """Returns what the parts tell of each method, read in their order.
+
+    Raises:
+        PartsError: If a part is missing or damaged.
+        OptionError: If there are fewer than two images.
+    """
+    keep, spatial = kept_of_generated(metrics), any(METRICS[name].spatial for name in metrics)
+    return [_Reader(method, Collector(extractor.record, keep, spatial)).read(parts, position)
+            for position, method in enumerate(methods)]  # fmt: skip
+
+
+class _Reader:
+    """Gathers one method's results."""
+
+    def __init__(self, method: Method, collector: Collector) -> None:
+        self.method, self.collector = method, collector
+        self.cost = np.zeros(2)
+        self.seconds = 0.0
+        self.count = 0
+        self.pairs: Pairs | None = None
+        self.lists: dict[str, list[Tensor]] = {"classes": [], "colors": [], "shown": []}
+
+    def read(self, parts: Parts, position: int) -> MethodResult:
+        for part in parts:
+            prefix = f"{position}/"
+            self._add(
+                {name.removeprefix(prefix): value for name, value in part.items() if name.startswith(prefix)}
+            )
+        joined = {name: torch.cat(values) if values else None for name, values in self.lists.items()}
+        asked, run = self.cost / self.count
+        shown = joined.pop("shown")
+        assert shown is not None
+        return MethodResult(self.method, self.collector.statistics(source=self.method.label), asked, run,
+                            self.seconds, self.pairs, **joined, shown=shown)  # fmt: skip
+
+    def _add(self, found: dict[str, Tensor]) -> None:
+        arrays = {name: found[name].numpy() for name in ("features", "logits", "spatial") if name in found}
+        self.collector.add(**arrays, digests=[bytes(row.numpy()) for row in found["digests"]])
+        self.cost += found["cost"].numpy()
+        self.seconds += float(found["seconds"])
+        self.count += len(found["features"])
+        if "squares" in found:
+            self.pairs = self.pairs or Pairs()
+            self.pairs.load_state_dict(found)
+        for name, values in self.lists.items():
+            if name in found:
+                values.append(found[name])
+
+
+def summarize(results: Sequence[MethodResult], reference: Statistics, extractor: Extractor,
+              metrics: Sequence[str], labels: Sequence[int] | None) -> dict[str, Any]:  # fmt: skip
+    """Returns the record of an evaluation.
+
+    Arguments:
+        results: What the parts tell of each method.
+        reference: The reference's statistics.
+        extractor: The extractor.
+        metrics: Names of ``METRICS``.
+        labels: The label numbers of the conditions, where the classifier knows them.
+
+    Raises:
+        DiffaccelError: If a metric cannot be computed.
+    """
+    names, first = check_metrics(metrics), results[0]
+    rows = []
+    for result in results:
+        row = _row(result, reference, names, extractor)
+        if result is not first:
+            row["fidelity"] = _fidelity(result, first)
+            row["difference"] = _difference(result, first, reference, names)
+        if labels is not None and result.classes is not None and result.colors is not None:
+            accuracy = accuracy_of(result.classes, result.colors, labels)
+            row["accuracy"] = {name: value.to_dict() for name, value in vars(accuracy).items()}
+        rows.append(row)
+    return plain({
+        "protocol": extractor.protocol.name, "features": extractor.record, "n": first.statistics.count,
+        "m": reference.count,
+        "reference": {key: value for key, value in reference.meta.items() if key != "protocol"},
+        "rows": rows,
+    })  # fmt: skip
+
+
+def _row(
+    result: MethodResult, reference: Statistics, names: list[str], extractor: Extractor
+) -> dict[str, Any]:
+    statistics = result.statistics
+    scores = score(statistics, reference, names, extractor.protocol)
+    return {
+        "name": result.method.name, "label": result.method.label, "steps": result.method.steps,
+        "requested": result.requested, "evaluated": result.evaluated, "data": statistics.meta["data"],
+        "scores": {name: {"name": shown_name(name, statistics.count, extractor.protocol), **value.to_dict()}
+                   for name, value in scores.items()},
+    }  # fmt: skip
+
+
+def _fidelity(result: MethodResult, first: MethodResult) -> dict[str, Any]:
+    """Returns how far the images are from those of the first method on the same noise."""
+    assert result.pairs is not None
+    fidelity = result.pairs.result()
+    found = {name: value.to_dict() for name, value in fidelity.estimates().items()}
+    distance = _feature_distance(result.statistics, first.statistics)
+    return {**found, "feature_distance": distance.to_dict(), "identical": fidelity.identical,
+            "worst": fidelity.worst}  # fmt: skip
+
+
+def _feature_distance(x: Statistics, y: Statistics) -> Estimate:
+    """Returns the mean cosine distance between the features of images of the same noise."""
+    if x.features is None or y.features is None:
+        raise OptionError("feature distances need the features of each image")
+    values = []
+    for a, b in zip(blocks(x.features), blocks(y.features), strict=True):
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        values.append(1 - (a * b).sum(1) / np.maximum(norms, 1e-12))
+    distances = np.concatenate(values)
+    return Estimate(float(distances.mean()), float(distances.std(ddof=1) / np.sqrt(len(distances))))
+
+
+def _difference(
+    result: MethodResult, first: MethodResult, reference: Statistics, names: list[str]
+) -> dict[str, Any]:
+    """Returns score minus first score, with the error that the shared noise leaves."""
+    found: dict[str, Estimate] = {}
+    x, y = result.statistics, first.statistics
+    if x.features is None or y.features is None:
+        raise OptionError("paired differences need the features of each image")
+    if "fid" in names:
+        ours, theirs = (Frechet(s.gaussian, reference.reference) for s in (x, y))
+        moved = ours.influence(x.features) - theirs.influence(y.features)
+        error = float(moved.std(ddof=1) / np.sqrt(len(moved)))
+        found["fid"] = Estimate(ours.distance - theirs.distance, error)
+    if "kid" in names and reference.features is not None:
+        found["kid"] = kid_difference(y.features, x.features, reference.features)
+    return {name: value.to_dict() for name, value in found.items()}
