@@ -199,8 +199,10 @@ def eval_(
     from .evaluate import Settings, evaluate
     from .tables import eval_lines, table
 
-    settings = Settings(model, tuple(accel or ()), steps, tuple(plain_steps or ()), guidance, scheduler,
-                        prompts, n, batch, seed, protocol, _names(metrics), reference, device, dtype)  # fmt: skip
+    settings = Settings(
+        model, tuple(accel or ()), steps, tuple(plain_steps or ()), guidance, scheduler, prompts, n, batch, seed,
+        protocol, _names(metrics), reference, device, dtype,
+    )  # fmt: skip
     record = evaluate(settings, out, restart, save_images)
     if record:
         console = Console()

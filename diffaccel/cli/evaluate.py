@@ -88,21 +88,10 @@ def evaluate(
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
     rank, world, wait = _processes(settings.device)
-    device = (
-        settings.device if world == 1 or settings.device == "cpu" else f"cuda:{torch.cuda.current_device()}"
-    )
-    extractor = Extractor(protocol(settings.protocol), device)
     with quiet([]):
-        pipe = load(settings.model, settings.scheduler, device, settings.dtype)
-        for name in settings.accel:
-            accelerate(accelerate(pipe, read_accel(name)), None)
-        sampler = _sampler(settings, pipe, prompts)
-        if settings.reference is None and settings.model not in zoo.names():
-            raise MissingReference(
-                "give --reference, images or statistics; only models of the zoo bring their own"
-            )
-        work = Evaluation(pipe, sampler, settings.methods, extractor, out / "images" if save_images else None)
-        parts = Parts(out / "parts", _facts(settings, sampler, extractor), sampler.count, settings.batch)
+        work = _work(settings, prompts, settings.device if world == 1 else _own(settings.device),
+                     out / "images" if save_images else None)  # fmt: skip
+        parts = Parts(out / "parts", _facts(settings, work), work.sampler.count, settings.batch)
         if restart and rank == 0:
             parts.clear()
         wait()
@@ -124,6 +113,23 @@ def _processes(device: str) -> tuple[int, int, Any]:
     return state.process_index, state.num_processes, state.wait_for_everyone
 
 
+def _own(device: str) -> str:
+    """Returns the device of this process."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
+def _work(settings: Settings, prompts: list[str] | None, device: str, images: Path | None) -> Evaluation:
+    if settings.reference is None and settings.model not in zoo.names():
+        raise MissingReference(
+            "give --reference, images or statistics; only models of the zoo have their own"
+        )
+    pipe = load(settings.model, settings.scheduler, device, settings.dtype)
+    for name in settings.accel:
+        accelerate(accelerate(pipe, read_accel(name)), None)
+    sampler = _sampler(settings, pipe, prompts)
+    return Evaluation(pipe, sampler, settings.methods, Extractor(protocol(settings.protocol), device), images)
+
+
 def _sampler(settings: Settings, pipe: Any, prompts: list[str] | None) -> Sampler:
     if prompts is None:
         conditions = default_conditions(settings.model, pipe, settings.n)
@@ -132,17 +138,17 @@ def _sampler(settings: Settings, pipe: Any, prompts: list[str] | None) -> Sample
     return Sampler(pipe, conditions, settings.steps, settings.guidance, settings.seed, settings.n)
 
 
-def _facts(settings: Settings, sampler: Sampler, extractor: Extractor) -> dict[str, Any]:
+def _facts(settings: Settings, work: Evaluation) -> dict[str, Any]:
     """Returns everything that the parts depend on."""
     chosen = {
         key: value
         for key, value in asdict(settings).items()
         if key not in ("prompts", "reference", "metrics")
     }
-    scheduler = sampler.pipe.scheduler
+    sampler, scheduler = work.sampler, work.pipe.scheduler
     return plain({
-        **chosen, "guidance": sampler.guidance, "features": extractor.record, "versions": versions(),
-        "conditions": settings_digest({"conditions": sampler.conditions}),
+        **chosen, "guidance": sampler.guidance, "features": work.extractor.record, "judges": work.judges,
+        "versions": versions(), "conditions": settings_digest({"conditions": sampler.conditions}),
         "pipeline": type(sampler.pipe).__name__, "scheduler_class": type(scheduler).__name__,
         "scheduler_config": dict(scheduler.config),
     })  # fmt: skip

@@ -56,7 +56,7 @@ class ArrayFile:
             if self.path.suffix.lower() == ".npy":
                 return self.path.open("rb")
             return zipfile.ZipFile(self.path).open(f"{self.member}.npy")  # the member keeps the archive open
-        except (OSError, zipfile.BadZipFile, KeyError) as error:
+        except (OSError, zipfile.BadZipFile, KeyError, RuntimeError) as error:  # RuntimeError: encrypted
             raise ArrayError(f"cannot read {str(self.path)!r}: {error}") from None
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
@@ -64,7 +64,7 @@ class ArrayFile:
             version = npy.read_magic(file)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, fortran, dtype = read(file)
-        except ValueError as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ArrayError(f"{str(self.path)!r} holds no array {self.member!r}: {error}") from None
         if dtype.hasobject or fortran or not shape:
             raise ArrayError(f"{str(self.path)!r}: {self.member!r} is no plain array of rows")

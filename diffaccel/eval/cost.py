@@ -1,18 +1,41 @@
-"""What a run costs: interleaved wall-clock times, and floating-point operations."""
+"""What a run costs: interleaved wall-clock times, calls, floating-point operations, and memory."""
 
+import contextlib
+import ctypes
+import gc
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Timing", "clock_outside", "count_flops", "interleave", "order_of", "timed"]
+from ..errors import OptionError
+
+__all__ = [
+    "Calls",
+    "Memory",
+    "Timing",
+    "bootstrap_ci",
+    "clock_outside",
+    "count_calls",
+    "count_flops",
+    "interleave",
+    "order_of",
+    "peak_memory",
+    "timed",
+]
+
+DRAWS = 2000
+"""Resamples of a bootstrap: the ends of a 95 % interval are then sure to about a fifth of a percent."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,43 @@ class Timing:
             return self.values[0], self.values[0]
         low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
         return low, high
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % bootstrap interval of the median; too narrow for fewer than 6 values (`bootstrap_ci`)."""
+        return bootstrap_ci(self.values)
+
+
+def bootstrap_ci(values: Sequence[float], statistic: Callable[[Sequence[float]], float] = statistics.median,
+                 level: float = 0.95, seed: int = 0) -> tuple[float, float]:  # fmt: skip
+    """Returns the percentile bootstrap interval of a statistic of independent measurements.
+
+    Of few values it is too narrow: from the least to the largest of n values lies the median with probability
+    ``1 - 2 ** (1 - n)``, which 6 values are needed for to reach 95 %.
+
+    References:
+        Efron, Bootstrap Methods: Another Look at the Jackknife, 1979, doi 10.1214/aos/1176344552.
+
+    Arguments:
+        values: The measurements, at least 1; of ratios in pairs it is a paired interval.
+        statistic: The statistic, of a list of as many values.
+        level: The probability that the interval is to hold the truth, in (0, 1).
+        seed: The seed of the resamples.
+
+    Returns:
+        The low and the high end; both the statistic itself for a single value.
+
+    Raises:
+        OptionError: If there is no value, or the level is out of range.
+    """
+    if not values or not 0 < level < 1:
+        raise OptionError(f"{len(values)} values and level={level}; expected at least 1, and within (0, 1)")
+    array = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    picks = (generator.integers(len(array), size=len(array)) for _ in range(DRAWS))
+    found = [statistic(array[pick].tolist()) for pick in picks]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def order_of(turn: int, count: int) -> list[int]:
@@ -117,8 +177,160 @@ def _put_back(module: nn.Module, attribute: str, replaced: Any) -> None:
 def count_flops(task: Callable[[], Any]) -> int:
     """Returns the floating-point operations of matrix products, convolutions and attention in one run.
 
-    Attention is computed by its plain formula meanwhile: torch does not count its fused kernels on CPU.
+    A product and its sum are two operations (a MAC). Attention is computed by its plain formula meanwhile:
+    torch does not count its fused kernels on CPU. All of a causal or masked attention counts.
     """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task()
     return int(counter.get_total_flops())
+
+
+@dataclass
+class Calls:
+    """How often a denoiser was called.
+
+    Arguments:
+        calls: The calls: with N steps, N where guidance doubles the batch and 2 N where it calls twice.
+        rows: The sizes of their batches, summed: 2 N for each image in both cases.
+    """
+
+    calls: int = 0
+    rows: int = 0
+
+    def per_image(self, images: int) -> float:
+        """Returns the rows for each of so many images: a paper's NFE, or twice it with guidance."""
+        return self.rows / images
+
+
+@contextmanager
+def count_calls(module: nn.Module) -> Iterator[Calls]:
+    """Counts the calls of a denoiser, whatever calls it, without a change to it.
+
+    A call counts when the module is entered: one that an accelerator then answers from its memory counts
+    as well, in part or whole, and is told apart by `count_flops`.
+
+    Arguments:
+        module: The denoiser; its batch is the first dimension, or the length, of ``sample`` or
+            ``hidden_states`` or else of its first argument.
+    """
+    counted = Calls()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        counted.calls += 1
+        counted.rows += _batch_size(args, kwargs)
+
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield counted
+    finally:
+        handle.remove()
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    named = [kwargs[name] for name in ("sample", "hidden_states") if kwargs.get(name) is not None]
+    inputs = [*named, *args, *(value for value in kwargs.values() if isinstance(value, torch.Tensor))]
+    if not inputs:
+        raise OptionError("the module is called without an input; rows are counted by the first one")
+    return len(inputs[0])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory that was in use during a run, in bytes.
+
+    Arguments:
+        before: What was in use at its beginning, the weights among it.
+        peak: The most that was in use at once.
+        reserved: The most that torch held from the device; None on CPU.
+        source: Where the numbers are from: "cuda", "VmHWM" or "ru_maxrss" (see `peak_memory`).
+    """
+
+    before: int
+    peak: int
+    reserved: int | None
+    source: str
+
+    @property
+    def growth(self) -> int:
+        """What the run took beyond what was in use before."""
+        return max(self.peak - self.before, 0)
+
+
+def peak_memory(task: Callable[[], Any], device: torch.device) -> tuple[Any, Memory]:
+    """Returns a task's result, and the memory that it took.
+
+    On CUDA that is the memory of torch's allocator (``max_memory_allocated``, and ``max_memory_reserved``,
+    after its cache was emptied), without the context of the driver and other libraries.
+
+    On CPU it is the resident memory of the whole process, all threads and libraries included:
+
+    - "VmHWM", on Linux: the kernel's high-water mark, which is reset at the beginning after free memory was
+      given back to the system; exact but for the kernel's own rounding (about 1 MB), and for what the task
+      could take from memory that was free but could not be given back.
+    - "ru_maxrss", elsewhere: the high-water mark since the process began, so that ``peak`` is too large, and
+      ``growth`` too small, if an earlier peak was higher; a fresh process for each task avoids it.
+
+    Arguments:
+        task: The function to run, once; a first run also takes what is loaded only once.
+        device: Where it runs: "cuda" or "cpu".
+
+    Raises:
+        OptionError: If the memory of the device cannot be told.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        return _peak_on_cuda(task, device)
+    if device.type != "cpu":
+        raise OptionError(f"the peak memory on {device.type!r} is not known; known: 'cpu', 'cuda'")
+    return _peak_of_process(task) if _reset_peak() else _peak_since_start(task)
+
+
+def _peak_on_cuda(task: Callable[[], Any], device: torch.device) -> tuple[Any, Memory]:
+    _wait(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = task()
+    _wait(device)
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return result, Memory(before, peak, reserved, "cuda")
+
+
+def _reset_peak() -> bool:
+    """Gives free memory back and resets the high-water mark; returns whether that is possible here."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        return _resident("VmHWM") > 0
+    except (OSError, KeyError):
+        return False
+
+
+def _resident(name: str) -> int:
+    """Returns a line of ``/proc/self/status`` in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    return 1024 * int(values[name].split()[0])
+
+
+def _peak_of_process(task: Callable[[], Any]) -> tuple[Any, Memory]:
+    before = _resident("VmRSS")
+    result = task()
+    return result, Memory(before, _resident("VmHWM"), None, "VmHWM")
+
+
+def _peak_since_start(task: Callable[[], Any]) -> tuple[Any, Memory]:
+    try:
+        import resource
+    except ImportError:
+        raise OptionError("the peak memory of a process is not known on this system") from None
+
+    unit = 1 if sys.platform == "darwin" else 1024
+
+    def highest() -> int:
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    before = highest()
+    result = task()
+    return result, Memory(before, highest(), None, "ru_maxrss")

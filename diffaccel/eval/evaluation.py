@@ -18,6 +18,7 @@ from ..pipelines import accelerate
 from .classifier import labels_of_prompts, load_classifier, predict
 from .fidelity import Pairs
 from .images import digest, to_bytes
+from .perceptual import clip_available, load_clip, load_lpips, lpips_available, lpips_values
 from .protocols import Extractor
 from .sampler import Sampler
 
@@ -77,6 +78,16 @@ class Evaluation:
         self.pipe, self.sampler, self.methods, self.extractor = pipe, sampler, list(methods), extractor
         self.images = images
         self.classifier = None if labels_of(sampler.conditions) is None else load_classifier()
+        self.lpips = load_lpips(extractor.device) if lpips_available() else None
+        self.clip = (
+            load_clip(device=extractor.device) if sampler.kind == "prompt" and clip_available() else None
+        )
+
+    @property
+    def judges(self) -> list[str]:
+        """What measures single images beside the extractor: those networks that are on this machine."""
+        found = {"classifier": self.classifier, "lpips": self.lpips, "clip": self.clip}
+        return [name for name, network in found.items() if network is not None]
 
     def part(self, numbers: range, advance: Callable[[int], None] = lambda count: None) -> dict[str, Tensor]:
         """Makes and measures some images by every method.
@@ -135,6 +146,10 @@ class Evaluation:
             pairs = Pairs()
             pairs.update(images, first.clamp(0, 1))
             found.update(pairs.state_dict())
+            if self.lpips is not None:
+                found["lpips"] = lpips_values(images, first.clamp(0, 1), self.lpips)
+        if self.clip is not None:
+            found["clip"] = 100 * self.clip.cosines(pixels, self.sampler.values[numbers.start : numbers.stop])
         if self.classifier is not None:
             prediction = predict(pixels / 255, self.classifier)
             found["classes"] = prediction.class_logits.argmax(1)

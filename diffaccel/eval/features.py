@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..errors import OptionError
+
 __all__ = ["FeatureFile", "Rows", "blocks"]
 
 ROWS = 2048
@@ -49,8 +51,17 @@ class FeatureFile:
         return self.count, self.dim
 
     def append(self, rows: np.ndarray) -> None:
-        """Adds vectors (B, d) at the end."""
-        with self.path.open("ab") as file:
+        """Adds vectors (B, d) at the end, over a vector that was written by half.
+
+        Raises:
+            OptionError: If they have another length.
+        """
+        if rows.shape[1:] != (self.dim,):
+            raise OptionError(
+                f"rows of shape {rows.shape[1:]}; {str(self.path)!r} holds vectors of {self.dim}"
+            )
+        with self.path.open("r+b" if self.count else "wb") as file:
+            file.seek(4 * self.dim * self.count)
             file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
         self.count += len(rows)
 

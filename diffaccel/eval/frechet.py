@@ -54,7 +54,9 @@ def _sandwich(lower: np.ndarray, covariance: np.ndarray) -> np.ndarray:
 
 
 def _sum_of_roots(values: np.ndarray) -> float:
-    return float(np.sqrt(values.clip(min=0)).sum())
+    """Returns the sum of s, without the null directions, of which rounding would leave 1e-8 each."""
+    noise = len(values) * np.finfo(np.float64).eps * values.max(initial=0.0)
+    return float(np.sqrt(values[values > noise]).sum())
 
 
 class Reference:
@@ -83,7 +85,8 @@ class Reference:
         mine = self.gaussian
         _check(other.dim, mine.dim)
         values = linalg.eigvalsh(_sandwich(self.lower, other.covariance), check_finite=False, driver="evr")
-        return _assemble(other.mean - mine.mean, other.covariance.trace(), mine.covariance.trace(), values)
+        traces = other.covariance.trace(), mine.covariance.trace()
+        return _assemble(other.mean - mine.mean, *traces, _sum_of_roots(values))
 
     def distance_of_few(self, features: Rows) -> float:
         """Returns the distance of a set (N, d) of fewer vectors than dimensions, by an N x N matrix."""
@@ -91,7 +94,7 @@ class Reference:
         centered, mean = _centered(features)
         values = linalg.eigvalsh(centered @ self.gaussian.covariance @ centered.T, check_finite=False)
         traces = float((centered**2).sum()), self.gaussian.covariance.trace()
-        return _assemble(mean - self.gaussian.mean, *traces, values)
+        return _assemble(mean - self.gaussian.mean, *traces, _sum_of_roots(values))
 
 
 def _check(dim: int, expected: int) -> None:
@@ -99,8 +102,8 @@ def _check(dim: int, expected: int) -> None:
         raise OptionError(f"features have {dim} numbers and those of the reference {expected}")
 
 
-def _assemble(shift: np.ndarray, trace: float, other: float, values: np.ndarray) -> float:
-    return float(shift @ shift + trace + other - 2 * _sum_of_roots(values))
+def _assemble(shift: np.ndarray, trace: float, other: float, roots: float) -> float:
+    return float(shift @ shift + trace + other - 2 * roots)
 
 
 def _centered(features: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +111,8 @@ def _centered(features: Rows) -> tuple[np.ndarray, np.ndarray]:
     rows = np.array(features[0 : features.shape[0]], dtype=np.float64)
     if len(rows) < 2:
         raise OptionError(f"{len(rows)} image(s); a Fréchet distance needs at least 2")
+    if not np.isfinite(rows).all():
+        raise OptionError("features are not finite")
     mean = rows.mean(0)
     return (rows - mean) / np.sqrt(len(rows) - 1), mean
 
@@ -120,14 +125,14 @@ def frechet_distance(generated: Rows | Gaussian, reference: Rows | Gaussian) -> 
         reference: The same of the reference.
 
     Raises:
-        OptionError: If the lengths differ, or there are fewer than two vectors.
+        OptionError: If the lengths differ, there are fewer than two vectors, or they are not finite.
     """
     few = [x for x in (generated, reference) if not isinstance(x, Gaussian) and x.shape[0] < x.shape[1]]
     if len(few) == 2:
         _check(few[0].shape[1], few[1].shape[1])
         (c_g, mu_g), (c_r, mu_r) = map(_centered, few)
         roots = linalg.svdvals(c_g @ c_r.T, check_finite=False)
-        return _assemble(mu_g - mu_r, float((c_g**2).sum()), float((c_r**2).sum()), roots**2)
+        return _assemble(mu_g - mu_r, float((c_g**2).sum()), float((c_r**2).sum()), float(roots.sum()))
     if few:  # the distance is symmetric
         other = reference if few[0] is generated else generated
         return Reference(_gaussian(other)).distance_of_few(few[0])
@@ -154,7 +159,8 @@ class Frechet:
             _sandwich(self.reference.lower, generated.covariance), check_finite=False
         )
         self.shift = generated.mean - target.mean
-        self.distance = _assemble(self.shift, generated.covariance.trace(), target.covariance.trace(), values)
+        traces = generated.covariance.trace(), target.covariance.trace()
+        self.distance = _assemble(self.shift, *traces, _sum_of_roots(values))
         roots = np.sqrt(values.clip(min=0))
         kept = roots > CUT * roots.max(initial=0.0)
         self.roots = roots[kept]  # s
@@ -174,7 +180,10 @@ class Frechet:
         return values - values.mean()
 
     def standard_error(self, features: Rows) -> float:
-        """Returns the standard error from the sampling of the generated vectors, by the delta method."""
+        """Returns the standard error from the sampling of the generated vectors, by the delta method.
+
+        With fewer vectors than about 8 d it is too wide, by up to half of it around N = d.
+        """
         values = self.influence(features)
         return float(values.std(ddof=1) / np.sqrt(len(values)))
 
@@ -242,6 +251,8 @@ def fid_infinity(
     target = reference if isinstance(reference, Reference) else Reference(reference)
     total, rng = features.shape[0], np.random.default_rng(seed)
     first = min(5000, max(total // 10, 2)) if smallest is None else smallest
+    if points < 3:
+        raise OptionError(f"FID-infinity needs at least 3 sizes of subsets, not {points}")
     if not 2 <= first < total:
         raise OptionError(f"FID-infinity needs subsets of 2 to {total - 1} of {total} vectors, not {first}")
     sizes = np.linspace(first, total, points).astype(int)

@@ -7,6 +7,7 @@ only a few batches are in memory. A wrong image is an error that names it.
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DiffaccelError
+from ..errors import DiffaccelError, OptionError
 from .arrays import ArrayFile
 from .pixels import quantize
 
@@ -73,7 +74,12 @@ class Images:
 
         Raises:
             ImageError: If an image cannot be read, has another size or there are fewer than ``limit``.
+            OptionError: If the size or the limit is not positive.
         """
+        if min(size, size if limit is None else limit) < 1:
+            raise OptionError(f"batches of {size} images and at most {limit}; expected positive numbers")
+        if limit is not None and self.count is not None and self.count < limit:
+            raise ImageError(f"{self.source} has only {self.count} images of the {limit} asked for")
         seen, first = 0, None
         for batch in self.read(size):
             shape = tuple(batch.pixels.shape[-2:])
@@ -85,8 +91,7 @@ class Images:
                 )
             if limit is not None and seen + len(batch.names) > limit:
                 batch = Batch(batch.names[: limit - seen], batch.pixels[: limit - seen])
-            if batch.names:
-                yield batch
+            yield batch
             seen += len(batch.names)
             if seen == limit:
                 return
@@ -153,15 +158,17 @@ def _listed(shown: str, loaders: Sequence[tuple[str, Callable[[], Tensor]]]) -> 
 
 
 def _open_zip(path: Path) -> Images:
-    with zipfile.ZipFile(path) as archive:
-        names = [n for n in archive.namelist() if PurePosixPath(n).suffix.lower() in EXTENSIONS]
+    try:
+        archive = zipfile.ZipFile(path)  # opened once: each opening reads the whole list of names
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ImageError(f"cannot read {str(path)!r}: {error}") from None
+    names = [n for n in archive.namelist() if PurePosixPath(n).suffix.lower() in EXTENSIONS]
 
     def load(name: str) -> Tensor:
         shown = f"{path}/{name}"
         try:
-            with zipfile.ZipFile(path) as archive:
-                content = archive.read(name)
-        except (OSError, zipfile.BadZipFile, KeyError) as error:
+            content = archive.read(name)
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise ImageError(f"cannot read {shown!r}: {error}") from None
         return _decode(io.BytesIO(content), shown)
 
@@ -173,13 +180,15 @@ def _decode(source: Any, name: str) -> Tensor:
     """Returns one image as bytes (3, H, W)."""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
+        deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))  # PIL drops half of it
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot read the image {name!r}: {error}") from None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         raise ImageError(f"{name!r} has an alpha channel; give it a background first")
-    if image.mode not in ("RGB", "L", "P", "1"):
-        raise ImageError(f"{name!r} has mode {image.mode}; expected RGB or grey images of 8 bits")
+    if deep or image.mode not in ("RGB", "L", "P", "1"):
+        found = "16 bits" if deep else f"mode {image.mode}"
+        raise ImageError(f"{name!r} has {found}; expected RGB or grey images of 8 bits")
     array = np.asarray(image.convert("RGB"))
     return torch.from_numpy(array.copy()).movedim(-1, 0)
 
@@ -237,8 +246,11 @@ def to_bytes(images: Any, quantizer: str, value_range: tuple[float, float], name
     Raises:
         ImageError: If the shape, the type or the range is wrong, or a number is not finite.
     """
-    tensor = torch.as_tensor(images)
-    if tensor.ndim != 4 or not {tensor.shape[1], tensor.shape[3]} & {1, 3}:
+    try:
+        tensor = torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ImageError(f"{name}: no tensor or array of numbers: {error}") from None
+    if tensor.ndim != 4 or not tensor.numel() or not {tensor.shape[1], tensor.shape[3]} & {1, 3}:
         raise ImageError(f"{name}: shape {tuple(tensor.shape)}; expected (N, 3, H, W) or (N, H, W, 3)")
     if tensor.shape[1] not in (1, 3):
         tensor = tensor.movedim(-1, 1)

@@ -68,8 +68,7 @@ class Moments:
             OptionError: If they have another length, or are not finite.
         """
         block = np.array(vectors, dtype=np.float64, ndmin=2)  # a copy, centered in place below
-        if block.shape[1] != len(self.mean):
-            raise OptionError(f"features have {block.shape[1]} numbers; expected {len(self.mean)}")
+        self._check(block.shape[1])
         if not np.isfinite(block).all():
             raise OptionError("features are not finite")
         if len(block):
@@ -79,10 +78,19 @@ class Moments:
             self._squares = blas.dsyrk(1.0, block.T, 1.0, self._squares, lower=1, overwrite_c=1)
 
     def merge(self, other: Self) -> None:
-        """Adds the vectors that another one has seen."""
+        """Adds the vectors that another one has seen.
+
+        Raises:
+            OptionError: If they have another length.
+        """
+        self._check(len(other.mean))
         if other.count:
             self._add(other.count, other.mean)
             self._squares += other._squares
+
+    def _check(self, dim: int) -> None:
+        if dim != len(self.mean):
+            raise OptionError(f"features have {dim} numbers; expected {len(self.mean)}")
 
     def _add(self, count: int, mean: np.ndarray) -> None:
         """Moves the mean, and adds the squares between the two parts."""

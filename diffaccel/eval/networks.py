@@ -13,12 +13,15 @@ References:
     | https://arxiv.org/abs/1905.11946
 """
 
+import copy
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from ..errors import MissingWeights
@@ -76,7 +79,7 @@ class InceptionState(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(*(getattr(inception, name) for name in self.STEM))
         self.head = nn.Sequential(*(getattr(inception, name) for name in self.HEAD))
-        self.branch = inception.Mixed_6d.branch1x1
+        self.branch = copy.deepcopy(inception.Mixed_6d.branch1x1)  # of its own: two calls cannot be folded
         self.fc = inception.fc
 
     def forward(self, images: Tensor) -> Outputs:
@@ -251,22 +254,29 @@ def load_network(name: str, device: torch.device) -> tuple[nn.Module, str]:
 def fold(network: nn.Module) -> nn.Module:
     """Returns a copy for inference: batch norms folded into convolutions, channels last.
 
-    A network that cannot be traced keeps its batch norms; the numbers are those of the original to rounding.
+    A network that cannot be traced, or calls a layer twice, keeps its batch norms; the numbers are those of
+    the original to rounding.
 
     Arguments:
         network: The network; it stays as it is.
     """
-    network = network.eval().requires_grad_(False)
-    if not any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         network = _fold_batch_norms(network)
     return network.to(memory_format=torch.channels_last)
 
 
 def _fold_batch_norms(network: nn.Module) -> nn.Module:
-    import torch.fx
     from torch.fx.experimental.optimization import fuse
 
     try:
-        return fuse(network)
-    except (torch.fx.proxy.TraceError, TypeError, NotImplementedError, AttributeError):
+        traced = torch.fx.symbolic_trace(network)
+    except Exception:  # whatever the code of others does with a proxy
         return network
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    layers = [
+        name for name, module in traced.named_modules() if next(module.parameters(False), None) is not None
+    ]
+    if any(calls[name] > 1 for name in layers):  # `fuse` would fold the batch norm in at each call
+        return network
+    return fuse(traced, no_trace=True)

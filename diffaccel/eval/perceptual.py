@@ -40,6 +40,7 @@ __all__ = [
     "load_lpips",
     "lpips_available",
     "lpips_distance",
+    "lpips_values",
 ]
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -89,7 +90,6 @@ def _untrained_lpips() -> Any:
         return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval().requires_grad_(False)
 
 
-@torch.inference_mode()
 def lpips_distance(
     images: Tensor, reference: Tensor, network: nn.Module | None = None, batch: int = 16
 ) -> Estimate:
@@ -106,18 +106,23 @@ def lpips_distance(
         MissingWeights: If the network is not on this machine.
         OptionError: If the images are not pairs of such images.
     """
+    return mean_estimate(lpips_values(images, reference, network or load_lpips(), batch).tolist())
+
+
+@torch.inference_mode()
+def lpips_values(images: Tensor, reference: Tensor, network: nn.Module, batch: int = 16) -> Tensor:
+    """Returns the LPIPS of each pair (N), float64; the arguments are those of `lpips_distance`."""
     check_pairs(images, reference)
     if images.shape[1] not in (1, 3) or min(images.shape[-2:]) < SMALLEST:
         raise OptionError(
             f"images of shape {tuple(images.shape)}; LPIPS takes 1 or 3 channels, sides from {SMALLEST}"
         )
-    network = network or load_lpips()
     device = next(network.parameters()).device
     distances: list[float] = []
     for ours, theirs in _batches(batch, images, reference):
         pair = [2 * to_floats(part).float().expand(-1, 3, -1, -1).to(device) - 1 for part in (ours, theirs)]
         distances += network(*pair).double().flatten().tolist()
-    return mean_estimate(distances)
+    return torch.tensor(distances, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -67,15 +67,15 @@ def _tf1_bilinear(pixels: Tensor, size: int) -> Tensor:
 
 
 def _tf1_weights(length: int, size: int, device: torch.device) -> Tensor:
-    """Returns the interpolation matrix (size, length)."""
-    source = torch.arange(size, dtype=torch.float64) * (length / size)
+    """Returns the interpolation matrix (size, length), with positions in float32 as TensorFlow's are."""
+    source = torch.arange(size, dtype=torch.float32) * (length / size)
     low = source.floor().long()
     high = (low + 1).clamp(max=length - 1)
-    weights = torch.zeros(size, length, dtype=torch.float64)
+    weights = torch.zeros(size, length)
     lines = torch.arange(size)
     weights.index_put_((lines, low), 1 - (source - low), accumulate=True)
     weights.index_put_((lines, high), source - low, accumulate=True)
-    return weights.float().to(device)
+    return weights.to(device)
 
 
 def _pil_bicubic(pixels: Tensor, size: int) -> Tensor:

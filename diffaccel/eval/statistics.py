@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,10 +122,15 @@ class Collector:
             meta: Further entries of the record.
 
         Raises:
-            OptionError: If fewer than two images were added.
+            OptionError: If fewer than two images were added, or a file holds rows of another run.
         """
         if self.moments is None:
             raise OptionError("no images; statistics need at least 2")
+        for file in self.files.values():
+            if file.count != self.moments.count:
+                raise OptionError(
+                    f"{str(file.path)!r} holds {file.count} rows for {self.moments.count} images; remove it"
+                )
         record = {
             "protocol": self.record, "images": self.moments.count, "data": digest_of(self.digests),
             "versions": versions(), **meta,
@@ -218,7 +225,7 @@ def load_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             small = {name: file[name] for name in names if name not in ("feats", "arr_0")}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArrayError(f"cannot read {str(path)!r}: {error}") from None
     meta = _read_meta(small, path)
     count = int(small["n"]) if "n" in small and int(small["n"]) >= 0 else None
@@ -227,6 +234,8 @@ def load_statistics(path: Path) -> Statistics:
     features = None
     if "feats" in names:
         array = ArrayFile(path, "feats")
+        if array.shape[1:] != (reference.gaussian.dim,) or count not in (None, array.shape[0]):
+            raise ArrayError(f"{str(path)!r}: feats {array.shape} do not fit n {count} and mu")
         features = array[0 : array.shape[0]]
     return Statistics(reference, meta, spatial, features)
 

@@ -13,7 +13,7 @@ from .classifier import accuracy_of
 from .estimate import Estimate
 from .evaluation import Method
 from .features import blocks
-from .fidelity import Pairs
+from .fidelity import Pairs, mean_estimate
 from .frechet import Frechet
 from .kernels import kid_difference
 from .metrics import METRICS, check_metrics, kept_of_generated, score, shown_name
@@ -38,6 +38,8 @@ class MethodResult:
         pairs: The comparison with the first method's images; None for that one.
         classes: The predicted classes (N), where the classifier knows the conditions.
         colors: The predicted colors (N), likewise.
+        lpips: The LPIPS to the first method's images (N), where the network is on this machine.
+        clip: 100 times the cosines of images and prompts (N), likewise.
         shown: The first images, as bytes.
     """
 
@@ -49,6 +51,8 @@ class MethodResult:
     pairs: Pairs | None
     classes: Tensor | None
     colors: Tensor | None
+    lpips: Tensor | None
+    clip: Tensor | None
     shown: Tensor = field(repr=False)
 
 
@@ -66,6 +70,10 @@ def read_results(
             for position, method in enumerate(methods)]  # fmt: skip
 
 
+LISTS = ("classes", "colors", "lpips", "clip", "shown")
+"""What is kept image by image."""
+
+
 class _Reader:
     """Gathers one method's results."""
 
@@ -75,7 +83,7 @@ class _Reader:
         self.seconds = 0.0
         self.count = 0
         self.pairs: Pairs | None = None
-        self.lists: dict[str, list[Tensor]] = {"classes": [], "colors": [], "shown": []}
+        self.lists: dict[str, list[Tensor]] = {name: [] for name in LISTS}
 
     def read(self, parts: Parts, position: int) -> MethodResult:
         for part in parts:
@@ -125,6 +133,11 @@ def summarize(results: Sequence[MethodResult], reference: Statistics, extractor:
         if result is not first:
             row["fidelity"] = _fidelity(result, first)
             row["difference"] = _difference(result, first, reference, names)
+        if result.clip is not None:
+            row["scores"]["clip"] = {
+                "name": "CLIP score",
+                **mean_estimate(result.clip.clamp(0).tolist()).to_dict(),
+            }
         if labels is not None and result.classes is not None and result.colors is not None:
             accuracy = accuracy_of(result.classes, result.colors, labels)
             row["accuracy"] = {name: value.to_dict() for name, value in vars(accuracy).items()}
@@ -156,6 +169,8 @@ def _fidelity(result: MethodResult, first: MethodResult) -> dict[str, Any]:
     fidelity = result.pairs.result()
     found = {name: value.to_dict() for name, value in fidelity.estimates().items()}
     distance = _feature_distance(result.statistics, first.statistics)
+    if result.lpips is not None:
+        found["lpips"] = mean_estimate(result.lpips.tolist()).to_dict()
     return {**found, "feature_distance": distance.to_dict(), "identical": fidelity.identical,
             "worst": fidelity.worst}  # fmt: skip
 
