@@ -200,8 +200,8 @@ def eval_(
     from .tables import eval_lines, table
 
     settings = Settings(
-        model, tuple(accel or ()), steps, tuple(plain_steps or ()), guidance, scheduler, prompts, n, batch, seed,
-        protocol, _names(metrics), reference, device, dtype,
+        model, tuple(accel or ()), steps, tuple(plain_steps or ()), guidance, scheduler, prompts, n, batch,
+        seed, protocol, _names(metrics), reference, device, dtype,
     )  # fmt: skip
     record = evaluate(settings, out, restart, save_images)
     if record:

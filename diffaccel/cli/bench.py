@@ -87,7 +87,8 @@ class Row:
         for name in ("speedup", "realized"):
             timing: Timing | None = getattr(self, name)
             if timing is not None:
-                record[name] = {**asdict(timing), "median": timing.median, "quartiles": timing.quartiles}
+                record[name] = {**asdict(timing), "median": timing.median, "quartiles": timing.quartiles,
+                                "interval": timing.interval}  # fmt: skip
         record["seconds_median"] = Timing(tuple(self.seconds)).median if self.seconds else None
         return record
 

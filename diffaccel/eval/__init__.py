@@ -4,7 +4,19 @@ Images become features under a named protocol (`PROTOCOLS`), features become sta
 scores; see docs/evaluation.md.
 """
 
-from .cost import Timing, clock_outside, count_flops, interleave, order_of, timed
+from .cost import (
+    Calls,
+    Memory,
+    Timing,
+    bootstrap_ci,
+    clock_outside,
+    count_calls,
+    count_flops,
+    interleave,
+    order_of,
+    peak_memory,
+    timed,
+)
 from .estimate import Estimate
 from .evaluation import Evaluation, Method
 from .fidelity import Fidelity, Pairs, fidelity
@@ -23,6 +35,7 @@ from .statistics import Statistics, collect, load_statistics, save_statistics
 __all__ = [
     "METRICS",
     "PROTOCOLS",
+    "Calls",
     "Estimate",
     "Evaluation",
     "Extractor",
@@ -30,6 +43,7 @@ __all__ = [
     "Frechet",
     "Gaussian",
     "Images",
+    "Memory",
     "Method",
     "Moments",
     "Pairs",
@@ -38,9 +52,11 @@ __all__ = [
     "Sampler",
     "Statistics",
     "Timing",
+    "bootstrap_ci",
     "clock_outside",
     "cmmd",
     "collect",
+    "count_calls",
     "count_flops",
     "fid_infinity",
     "fidelity",
@@ -54,6 +70,7 @@ __all__ = [
     "measure",
     "open_images",
     "order_of",
+    "peak_memory",
     "prdc",
     "protocol",
     "save_statistics",

@@ -212,15 +212,15 @@ class Frechet:
 
     def _moment_term(self, features: Rows) -> float:
         """Returns 1/2 sum_ij Var(z_i z_j) / (s_i s_j (s_i + s_j)) with measured fourth moments."""
-        s, fourth, count = self.roots, np.zeros((len(self.roots),) * 2), 0
-        second = np.zeros_like(fourth)
+        s, variance, count = self.roots, np.zeros((len(self.roots),) * 2), features.shape[0]
         for block in blocks(features):
-            z = (block - self.generated.mean) @ self.whitener
-            fourth += (z**2).T @ (z**2)
-            second += z.T @ z
-            count += len(block)
-        variance = fourth / count - (second / count) ** 2
-        return float(0.5 * (variance / (np.outer(s, s) * np.add.outer(s, s))).sum())
+            squares = ((block - self.generated.mean) @ self.whitener) ** 2
+            variance += squares.T @ squares
+        variance /= count
+        variance.flat[:: len(s) + 1] -= (s**2 * (count - 1) / count) ** 2  # z are not correlated
+        variance /= np.outer(s, s)
+        variance /= np.add.outer(s, s)
+        return float(0.5 * variance.sum())
 
     @property
     def correctable(self) -> bool:

@@ -251,6 +251,7 @@ def load_network(name: str, device: torch.device) -> tuple[nn.Module, str]:
     return fold(network).to(device), digest
 
 
+@torch.no_grad()
 def fold(network: nn.Module) -> nn.Module:
     """Returns a copy for inference: batch norms folded into convolutions, channels last.
 

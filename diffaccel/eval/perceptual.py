@@ -53,7 +53,7 @@ def lpips_available() -> bool:
     """Returns whether `load_lpips` needs nothing that is not on this machine; nothing is downloaded."""
     if importlib.util.find_spec("lpips") is None:
         return False
-    return any(place.is_file() for place in weights._places(weights.WEIGHTS["alexnet"]))
+    return any(place.is_file() for place in weights.places(weights.WEIGHTS["alexnet"]))
 
 
 def load_lpips(device: torch.device | str = "cpu") -> nn.Module:

@@ -47,6 +47,9 @@ def statistics_of(data: Any, extractor: Extractor, keep: Iterable[str], spatial:
         if is_statistics(path):
             statistics = load_statistics(path)
             _check_protocol(statistics, extractor.protocol)
+            if statistics.features is None and "features" in keep and "arr_0" in members(path):  # as ADM does
+                some = collect(open_images(path), extractor, ["features"], False, None, batch, mixed, advance)
+                statistics.features, statistics.folder = some.features, some.folder
             return statistics
     images = data if isinstance(data, Images) else open_images(data, extractor.protocol.quantizer)
     return collect(images, extractor, keep, spatial, count, batch, mixed, advance)

