@@ -5,6 +5,7 @@ result. The table is that of the published evaluations; `offline` and `fashion` 
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -120,13 +121,13 @@ class Extractor:
         network: A network of one's own instead of the protocol's: images to features (B, d), or to `Outputs`.
         device: Where it runs.
         bf16: Whether to compute in bfloat16, which changes scores and is recorded.
-        weights: What to record for a network of one's own.
+        weights: What to record for a network of one's own; the SHA-256 of its parameters by default.
 
     The network is loaded when it is needed; `MissingWeights` is raised then, if it is not on this machine.
     """
 
     def __init__(self, protocol: Protocol, device: torch.device | str = "cpu", bf16: bool = False,
-                 network: nn.Module | None = None, weights: str = "custom") -> None:  # fmt: skip
+                 network: nn.Module | None = None, weights: str = "") -> None:  # fmt: skip
         self.protocol, self.device, self.bf16 = protocol, torch.device(device), bf16
         self._own, self._own_weights = network, weights
 
@@ -134,7 +135,7 @@ class Extractor:
     def _loaded(self) -> tuple[nn.Module, str]:
         """The network, and the SHA-256 of its weights."""
         if self._own is not None:
-            return fold(self._own).to(self.device), self._own_weights
+            return fold(self._own).to(self.device), self._own_weights or _digest(self._own)
         return load_network(self.protocol.network, self.device)
 
     @property
@@ -161,6 +162,15 @@ class Extractor:
         features, *others = (None if part is None else part.float().cpu() for part in outputs)
         assert features is not None
         return Outputs(features, *others)
+
+
+def _digest(network: nn.Module) -> str:
+    """Returns the SHA-256 of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _without_tf32:
