@@ -18,8 +18,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes is not installed
 
 from diffaccel import zoo
 from diffaccel.errors import DiffaccelError, ModelError, OptionError
+from diffaccel.eval.classifier import load_classifier
 from diffaccel.zoo import fashion
-from recipes.tiny_fashion import __main__, checkpoint, config, data, export, models, objectives, train
+from recipes.tiny_fashion import (
+    __main__,
+    checkpoint,
+    classification,
+    config,
+    data,
+    export,
+    models,
+    objectives,
+    train,
+)
 
 SMALL = {"batch": 4, "images": 16, "eval_size": 4, "eval_images": 12, "log_images": 8, "warmup_images": 8}
 
@@ -63,7 +74,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("target", "init"), [("unet", "scratch"), ("dit", "zoo"), ("vae", "scratch"), ("decoder", "zoo")]
+    ("target", "init"),
+    [("unet", "scratch"), ("dit", "zoo"), ("vae", "scratch"), ("decoder", "zoo"), ("classifier", "scratch")],
 )
 def test_resume_is_exact(target, init, folder, tmp_path):
     chosen = settings(target, folder, init=init)
@@ -264,6 +276,30 @@ def test_the_zoo_denoises_better_than_nothing(folder):
         assert measured["t=0.5"] < limit
 
 
+def test_classifier_averages_the_statistics(folder, tmp_path):
+    trainer = train.start(settings("classifier", folder, ema_images=0, batch=16), tmp_path)
+    before = trainer.average["classifier"].body[0].norm.running_mean.clone()
+    trainer.step()
+    average = trainer.average["classifier"]
+    assert same(dict(average.state_dict()), dict(trainer.networks["classifier"].state_dict()))
+    assert not torch.equal(average.body[0].norm.running_mean, before) and not average.training
+
+
+def test_shift_keeps_what_the_frame_surrounds():
+    images = torch.zeros(200, 3, 32, 32)
+    images[:, :, 2:-2, 2:-2] = torch.rand(200, 3, 28, 28)
+    moved = classification._shift(images, torch.Generator().manual_seed(0))
+    places = {
+        (dy, dx)
+        for image, other in zip(images, moved, strict=True)
+        for dy in range(-2, 3)
+        for dx in range(-2, 3)
+        if torch.equal(image.roll((dy, dx), (1, 2)), other)
+    }
+    assert len(places) == 25
+    assert torch.allclose(moved.sum((1, 2, 3)), images.sum((1, 2, 3)))
+
+
 @pytest.mark.parametrize("target", config.TARGETS)
 def test_export(target, folder, tmp_path):
     trainer = train.start(settings(target, folder, init="zoo", images=4), tmp_path / "run")
@@ -280,6 +316,11 @@ def test_export(target, folder, tmp_path):
     if target == "vae":
         network = AutoencoderKL.from_pretrained(out)
         assert network.config.scaling_factor != models.vae().config.scaling_factor
+        return
+    if target == "classifier":
+        averaged = trainer.average["classifier"].half().float()
+        loaded = load_classifier(out)
+        assert same(dict(averaged.state_dict()), dict(loaded.state_dict()))  # with the statistics
         return
     pipe = DiffusionPipeline.from_pretrained(out)
     pipe.set_progress_bar_config(disable=True)

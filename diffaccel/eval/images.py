@@ -186,8 +186,9 @@ def _decode(source: Any, name: str) -> Tensor:
         raise ImageError(f"cannot read the image {name!r}: {error}") from None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         raise ImageError(f"{name!r} has an alpha channel; give it a background first")
-    if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name!r} has {image.n_frames} frames; expected a single image")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise ImageError(f"{name!r} has {frames} frames; expected a single image")
     if deep or image.mode not in ("RGB", "L", "P", "1"):
         found = "16 bits" if deep else f"mode {image.mode}"
         raise ImageError(f"{name!r} has {found}; expected RGB or grey images of 8 bits")

@@ -1,4 +1,4 @@
-"""A run as an ordinary diffusers folder, which stock ``from_pretrained`` loads."""
+"""A run as an ordinary diffusers folder, which stock ``from_pretrained`` loads, or one of the classifier."""
 
 import json
 import os
@@ -26,6 +26,7 @@ def export(source: Path, out: Path, base: str = "tiny-fashion-sd", overwrite: bo
     """Writes the averaged weights of a run as a pipeline, through a temporary folder, and says what it wrote.
 
     A "vae" run becomes a folder with the autoencoder alone: the denoisers of the zoo cannot use its latents.
+    A "classifier" run becomes one that ``diffaccel.eval.classifier.load_classifier`` reads.
 
     Arguments:
         source: The run folder, or one of its checkpoints.
@@ -44,6 +45,9 @@ def export(source: Path, out: Path, base: str = "tiny-fashion-sd", overwrite: bo
         model = networks["vae"]
         _scale(model, settings.data)
         parts = {"vae": model}
+    elif settings.target == "classifier":
+        parts = networks
+        model = networks["classifier"]
     else:
         model = _pipeline(settings, networks, base)
         parts = {name: part for name, part in model.components.items() if name in HALF}

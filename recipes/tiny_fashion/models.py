@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffaccel.errors import ModelError
+from diffaccel.eval.classifier import FashionClassifier, load_classifier
 from diffaccel.zoo import load_pipeline
 from diffaccel.zoo.fashion import CLASSES, COLORS
 from recipes.tiny_fashion.config import Config
@@ -128,8 +129,8 @@ def load_vae(source: str) -> AutoencoderKL:
 def build(config: Config) -> Networks:
     """Returns the networks that ``config.target`` trains, with their first weights.
 
-    They are in evaluation mode and stay so: nothing has dropout, except that DiT would drop labels, in each
-    block on its own and out of reach of our generator.
+    They are in evaluation mode, and stay so but for the classifier: nothing has dropout, except that DiT
+    would drop labels, in each block on its own and out of reach of our generator.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -147,6 +148,8 @@ def _new(config: Config) -> Networks:
         return {"unet": unet(), "text_encoder": text_encoder(tokenizer())}
     if config.target == "dit":
         return {"transformer": dit()}
+    if config.target == "classifier":
+        return {"classifier": FashionClassifier()}
     new = vae()
     if config.target == "decoder":
         old = load_vae(config.vae)
@@ -156,6 +159,8 @@ def _new(config: Config) -> Networks:
 
 
 def _loaded(config: Config) -> Networks:
+    if config.target == "classifier":
+        return {"classifier": load_classifier(None if config.init == "zoo" else config.init)}
     source = ZOO[config.target] if config.init == "zoo" else config.init
     names = {"unet": ("unet", "text_encoder"), "dit": ("transformer",)}.get(config.target, ("vae",))
     if names == ("vae",):

@@ -228,4 +228,8 @@ def build(config: Config) -> Objective:
         return Epsilon(load_vae(config.vae), config.null, config.bf16)
     if config.target == "dit":
         return Velocity(load_vae(config.vae), config.null, config.bf16)
+    if config.target == "classifier":
+        from recipes.tiny_fashion.classification import Classification  # it needs this module
+
+        return Classification(load_vae(config.vae), config.bf16)
     return Reconstruction(config.bf16)

@@ -37,7 +37,7 @@ class Trainer:
         torch.set_num_threads(config.threads)
         self.config, self.run = config, run
         self.generator = torch.Generator().manual_seed(config.seed)
-        flip = config.target in ("vae", "decoder")
+        flip = config.target in ("vae", "decoder", "classifier")
         self.stream = data.Stream(data.load("train", config.data), self.generator, flip)
         self.test = data.held_out(data.load("test", config.data), config.eval_size)
         self.objective = objectives.build(config)
@@ -80,6 +80,11 @@ class Trainer:
             for averaged, current in zip(self.average[name].parameters(), network.parameters(), strict=True):
                 if current.requires_grad:
                     averaged.lerp_(current, weight)
+            for averaged, current in zip(self.average[name].buffers(), network.buffers(), strict=True):
+                if current.is_floating_point():  # the statistics of batch normalization
+                    averaged.lerp_(current, weight)
+                else:
+                    averaged.copy_(current)
 
     def fit(self, stop: int | None = None, minutes: float | None = None, quiet: bool = False) -> str:
         """Trains to the planned number of images, and returns why it ended.
