@@ -38,7 +38,7 @@ ENOUGH = 8
 
 def factor(covariance: np.ndarray) -> np.ndarray:
     """Returns L (d, d) or (d, rank) with L L^T = ``covariance``, by Cholesky where it is definite."""
-    lower, failed = linalg.lapack.dpotrf(np.asfortranarray(covariance), lower=1, clean=1)
+    lower, failed = linalg.lapack.dpotrf(_columns(covariance), lower=1, clean=1)
     if not failed:
         return lower
     values, vectors = linalg.eigh(covariance, check_finite=False)
@@ -46,11 +46,16 @@ def factor(covariance: np.ndarray) -> np.ndarray:
     return np.asfortranarray(vectors[:, kept] * np.sqrt(values[kept]))
 
 
+def _columns(symmetric: np.ndarray) -> np.ndarray:
+    """Returns a symmetric matrix in the order of LAPACK, without a copy."""
+    return symmetric if symmetric.flags.f_contiguous else symmetric.T
+
+
 def _sandwich(lower: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     """Returns the lower triangle of L^T S L; for a triangular L with half the operations."""
     if lower.shape[0] != lower.shape[1]:
         return lower.T @ covariance @ lower
-    return linalg.lapack.dsygst(np.asfortranarray(covariance), lower, itype=2, lower=1)[0]
+    return linalg.lapack.dsygst(_columns(covariance), lower, itype=2, lower=1)[0]
 
 
 def _sum_of_roots(values: np.ndarray) -> float:

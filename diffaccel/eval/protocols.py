@@ -19,6 +19,8 @@ from .pixels import resize
 
 __all__ = ["PROTOCOLS", "Extractor", "Protocol", "protocol"]
 
+CPU_BATCH = 8
+"""Images at once on a CPU, whose cache the activations of more do not fit in."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -150,6 +152,14 @@ class Extractor:
         Arguments:
             pixels: Byte images (B, 3, H, W).
         """
+        on_cpu = self.device.type == "cpu"
+        parts = [self._outputs(part) for part in pixels.split(CPU_BATCH if on_cpu else max(len(pixels), 1))]
+        logits, spatial = (
+            None if values[0] is None else torch.cat(values) for values in list(zip(*parts, strict=True))[1:]
+        )
+        return Outputs(torch.cat([part.features for part in parts]), logits, spatial)
+
+    def _outputs(self, pixels: Tensor) -> Outputs:
         protocol = self.protocol
         images = pixels.to(self.device)
         if protocol.size:
