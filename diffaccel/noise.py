@@ -33,7 +33,16 @@ from torch import Tensor
 
 from .errors import UnsupportedScheduler
 
-__all__ = ["Kind", "NoiseLevel", "Path", "Prediction", "is_stochastic", "path_of", "probe"]
+__all__ = [
+    "Kind",
+    "NoiseLevel",
+    "Path",
+    "Prediction",
+    "is_stochastic",
+    "path_of",
+    "prediction_coefficients",
+    "probe",
+]
 
 Kind = Literal["vp", "ve", "edm", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
@@ -119,7 +128,7 @@ class NoiseLevel(NamedTuple):
             ZeroDivisionError: At K = 0.
             ValueError: If ``to`` is unknown.
         """
-        p, q = _coefficients(to, self.alpha, self.sigma)
+        p, q = prediction_coefficients(to, self.alpha, self.sigma)
         return p * self.x0(output, sample) + q * self.eps(output, sample)
 
     def _regular(self) -> float:
@@ -246,6 +255,8 @@ def is_stochastic(scheduler: Any) -> str | None:
         return f"{name} {_NOISY[name]}"
     if str(_setting(scheduler, "algorithm_type")).startswith("sde"):
         return f"algorithm_type is {scheduler.config.algorithm_type!r}"
+    if _setting(scheduler, "zeta"):
+        return f"zeta is {scheduler.config.zeta}"
     if _setting(scheduler, "stochastic_sampling"):
         return "stochastic_sampling is on"
     if _setting(scheduler, "eta") and _setting(scheduler, "s_noise"):  # LTXEulerAncestralRF
@@ -271,7 +282,17 @@ def _setting(scheduler: Any, key: str) -> Any:
     return scheduler.config[key] if own else None
 
 
-def _coefficients(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+def prediction_coefficients(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """Returns (p, q) of the output p x0 + q eps of a network that predicts in this way.
+
+    Arguments:
+        prediction: "epsilon", "sample", "v_prediction" or "flow_prediction".
+        alpha: The signal scale.
+        sigma: The noise scale.
+
+    Raises:
+        ValueError: If the prediction is unknown.
+    """
     norm = math.hypot(alpha, sigma)
     table = {
         "epsilon": (0.0, 1.0),
@@ -337,7 +358,7 @@ def _vp_clock(scheduler: Any, phis: list[float]) -> tuple[list[float], list[floa
 def _assemble(
     kind: Kind, prediction: str, pairs: list[tuple[float, float]], clock: Any, sign: int = 1
 ) -> Path:
-    outputs = [_coefficients(prediction, *pair) for pair in pairs]
+    outputs = [prediction_coefficients(prediction, *pair) for pair in pairs]
     levels = tuple(NoiseLevel(*pair, sign * p, sign * q) for pair, (p, q) in zip(pairs, outputs, strict=True))
     scales = tuple(1 / math.hypot(*pair) if kind == "ve" else 1.0 for pair in pairs)
     times, turns = clock([math.atan2(sigma, alpha) for alpha, sigma in pairs])
@@ -395,6 +416,16 @@ def _edm(scheduler: Any, name: str) -> Path:
     return Path("edm", prediction, levels, tuple(scales), tuple(sigmas), (1.0,) * len(sigmas))
 
 
+def _unified(scheduler: Any, name: str) -> Path:
+    """The nodes of our own scheduler; an analytic first step is made before the first evaluation."""
+    prediction, first = scheduler.config.prediction_type, len(scheduler.levels) - len(scheduler.timesteps) - 1
+    pairs = [(level.alpha, level.sigma) for level in scheduler.levels[first:]]
+    if scheduler.path.is_flow:
+        sigmas = [sigma for _, sigma in pairs]
+        return _assemble("flow", prediction, pairs, lambda phis: (sigmas, [1.0] * len(phis)))
+    return _assemble("vp", prediction, pairs, lambda phis: _vp_clock(scheduler, phis))
+
+
 def _trig(scheduler: Any, name: str) -> Path:
     """Sample cos(phi) x0 + sin(phi) eps and output cos(phi) eps - sin(phi) x0, with t = 2 phi / pi."""
     if name == "SCMScheduler":  # eps has the standard deviation sigma_data
@@ -421,6 +452,7 @@ _FAMILIES: dict[str, Callable[[Any, str], Path]] = {
         "LTXEulerAncestralRF MiniMaxH3",
         _edm: "CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler",
         _trig: "IPNDM SCM",
+        _unified: "UnifiedSolver",
     }.items()
     for name in names.split()
 }

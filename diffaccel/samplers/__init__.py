@@ -1,0 +1,26 @@
+"""Schedulers for diffusers' pipelines: one solver with free decisions per step, known and searched ones.
+
+``pipe.scheduler = UnifiedSolverScheduler.from_config(pipe.scheduler.config, solver="dpm++3m")``
+"""
+
+from diffusers import SchedulerMixin
+
+from .grids import GRIDS
+from .presets import SOLVERS, solver_schedule
+from .schedule import Schedule, ScheduleError, Step, load_schedules
+from .unified import UnifiedSolverScheduler
+
+__all__ = [
+    "GRIDS",
+    "SOLVERS",
+    "Schedule",
+    "ScheduleError",
+    "SchedulerMixin",
+    "Step",
+    "UnifiedSolverScheduler",
+    "load_schedules",
+    "solver_schedule",
+]
+
+# the file format of diffusers names the module of a scheduler, and loads it through its package
+UnifiedSolverScheduler.__module__ = __name__
