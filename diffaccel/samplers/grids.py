@@ -31,20 +31,25 @@ def _trailing(count: int, path: TrainingPath) -> np.ndarray:
     return np.array([path.ratio(max(time, path.first_time)) for time in times])
 
 
+def _noisiest(path: TrainingPath) -> float:
+    """Returns the first ratio; the straight path, which begins at pure noise, begins one timestep later."""
+    return path.ratio(path.steps - 1)
+
+
 def _karras(count: int, path: TrainingPath) -> np.ndarray:
     """Equal steps of S^(1 / 7)."""
-    high, low = path.largest ** (1 / RHO), path.smallest ** (1 / RHO)
+    high, low = _noisiest(path) ** (1 / RHO), path.smallest ** (1 / RHO)
     return np.linspace(high, low, count) ** RHO
 
 
 def _log_snr(count: int, path: TrainingPath) -> np.ndarray:
     """Equal steps of the half log-SNR."""
-    return np.exp(np.linspace(math.log(path.largest), math.log(path.smallest), count))
+    return np.exp(np.linspace(math.log(_noisiest(path)), math.log(path.smallest), count))
 
 
 def _theta(count: int, path: TrainingPath) -> np.ndarray:
     """Equal steps of theta = atan(S / c), down to 0."""
-    angles = math.atan2(path.largest, STD) * np.arange(count, 0, -1) / count
+    angles = math.atan2(_noisiest(path), STD) * np.arange(count, 0, -1) / count
     return STD * np.tan(angles)
 
 

@@ -63,7 +63,10 @@ def solver_schedule(name: str, sigmas: tuple[float, ...]) -> Schedule:
         order = min(step.order, number + 1)
         if sigmas[number + 1] == 0 and step.prediction != "theta":
             order = 1
+        prediction = step.prediction
+        if prediction == "epsilon" and order == 1:
+            prediction = "sample"  # the same step, also from pure noise
         corrector = step.corrector and number < count - 1 and sigmas[number + 1] > 0
         scaling = step.scaling if order <= 2 else "none"  # where one node estimates the derivative
-        steps.append(replace(step, order=order, corrector=corrector, scaling=scaling))
+        steps.append(replace(step, order=order, prediction=prediction, corrector=corrector, scaling=scaling))
     return Schedule(sigmas, tuple(steps), std=STD.get(name, 0.5))

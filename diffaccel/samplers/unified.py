@@ -92,7 +92,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         flow_shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         solver: str = "dpm++2m",
-        grid: str = "karras",
+        grid: str = "trailing",
         zeta: float = 0.0,
         schedules: Any = None,
     ) -> None:

@@ -1,0 +1,175 @@
+"""What the search of S3 changes: nodes, orders, predictions, scalings, correctors, the analytic first step.
+
+References:
+    | A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models (2024)
+    | https://arxiv.org/abs/2312.07243
+"""
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import OptionError
+from ..search import Space
+from .grids import GRIDS, grid
+from .paths import TrainingPath
+from .presets import solver_schedule
+from .schedule import PREDICTIONS, SCALINGS, Schedule, ScheduleError, Step
+
+__all__ = ["WARM", "ScheduleSpace"]
+
+SMALLEST_GAP = 1.02
+"""Neighboring nodes have ratios at least this factor apart."""
+RATE = 0.12
+"""The chance of each decision to change."""
+
+WARM = {  # training times of searched schedules of Stable Diffusion, in parts of the noisiest
+    5: (1.0, 0.735, 0.523, 0.316, 0.204),
+    4: (1.0, 0.718, 0.5005, 0.2857),
+}
+
+
+class ScheduleSpace(Space[Schedule]):
+    """Schedules of a fixed number of evaluations for one model's path.
+
+    Arguments:
+        path: The model's path.
+        evaluations: The number of the network's evaluations, at least 2.
+        analytic: Whether the first evaluation may be replaced, which pipelines that do not scale the
+            network's input cannot do.
+        std: The data's standard deviation, of the prediction "theta".
+    """
+
+    def __init__(self, path: TrainingPath, evaluations: int, analytic: bool = True, std: float = 0.5) -> None:
+        if evaluations < 2:
+            raise OptionError(f"a search needs at least 2 evaluations, not {evaluations}")
+        self.path, self.evaluations, self.analytic, self.std = path, evaluations, analytic, std
+        self.noisiest = min(path.largest, path.ratio(path.steps - 1))
+
+    def seeds(self) -> list[Schedule]:
+        """Returns the known solvers on the known grids, and those of published searches."""
+        solvers = ("dpm++2m", "unipc2", "deis2", "theta2", "dpm++3m")
+        grids = [grid(name, self.evaluations, self.path) for name in GRIDS]
+        found = [solver_schedule(solver, sigmas) for solver in solvers for sigmas in grids]
+        if self.evaluations in WARM:
+            times = [part * self.path.last_time for part in WARM[self.evaluations]]
+            sigmas = (*(self.path.ratio(time) for time in times), 0.0)
+            found += [solver_schedule(solver, sigmas) for solver in ("dpm++2m", "unipc2", "theta2")]
+        return [replace(schedule, std=self.std) for schedule in found]
+
+    def mutate(self, candidate: Schedule, rng: random.Random) -> Schedule:
+        """Returns a schedule with some nodes moved and some decisions changed."""
+        analytic, std = candidate.analytic_first, candidate.std
+        logs, steps = self._logs(candidate), list(candidate.steps)
+        if self.analytic and rng.random() < RATE / 2:
+            analytic = rng.choice(("none", "noise", "mean"))
+        logs, steps = self._resize(logs, steps, self.evaluations + (analytic != "none"), rng)
+        width = (logs[0] - logs[-1]) / max(len(logs), 2)
+        spread = rng.choice((0.05, 0.15, 0.4))
+        logs = [logs[0], *(log + rng.gauss(0, spread * width) * (rng.random() < 0.5) for log in logs[1:])]
+        if rng.random() < RATE:
+            std *= math.exp(rng.gauss(0, 0.2))
+        steps = [self._changed(step, rng) for step in steps]
+        return self._legal(logs, steps, analytic, std)
+
+    def _changed(self, step: Step, rng: random.Random) -> Step:
+        """Returns a step with some decisions changed; `_legal` repairs what cannot be."""
+        changes: dict[str, Any] = {}
+        if rng.random() < RATE:
+            changes["order"] = rng.choices((1, 2, 3, 4), (0.2, 0.4, 0.3, 0.1))[0]
+        if rng.random() < RATE:
+            changes["prediction"] = rng.choice(PREDICTIONS)
+        if rng.random() < RATE:
+            changes["scaling"] = rng.choice(SCALINGS)
+        if rng.random() < RATE:
+            changes["relaxation"] = step.relaxation + rng.gauss(0, 0.05)
+        if rng.random() < RATE:
+            changes["corrector"] = not step.corrector
+        if rng.random() < RATE / 2:
+            changes["damping"] = rng.choice((0.0, 0.5, 1.0))
+        if rng.random() < RATE / 2:
+            changes["estimate"] = rng.choice((0, 1, 2))
+        return replace(step, **changes)
+
+    def cross(self, first: Schedule, second: Schedule, rng: random.Random) -> Schedule:
+        """Returns a schedule with nodes of one, and each step's decisions of either."""
+        a, b = (first, second) if rng.random() < 0.5 else (second, first)
+        logs, steps = self._logs(a), list(a.steps)
+        others = list(b.steps)
+        if len(others) == len(steps):
+            steps = [rng.choice(pair) for pair in zip(steps, others, strict=True)]
+            if rng.random() < 0.5:
+                share = rng.random()
+                logs = [share * x + (1 - share) * y for x, y in zip(logs, self._logs(b), strict=True)]
+        return self._legal(logs, steps, a.analytic_first, rng.choice((a.std, b.std)))
+
+    def _logs(self, schedule: Schedule) -> list[float]:
+        """Returns the logarithms of the nodes' ratios but for the last."""
+        return [math.log(min(sigma, self.noisiest)) for sigma in schedule.sigmas[:-1]]
+
+    def _resize(self, logs: list[float], steps: list[Step], count: int, rng: random.Random) -> Any:
+        """Returns nodes and steps of another number: one is put between two others, or taken out."""
+        logs, steps = list(logs), list(steps)
+        while len(logs) > count:
+            place = rng.randrange(1, len(logs))
+            del logs[place], steps[place]
+        while len(logs) < count:
+            place = rng.randrange(1, len(logs))
+            logs.insert(place, 0.5 * (logs[place - 1] + logs[place]))
+            steps.insert(place, steps[place - 1])
+        return logs, steps
+
+    def _legal(self, logs: list[float], steps: list[Step], analytic: Any, std: float) -> Schedule:
+        """Returns a schedule that a solver can follow."""
+        top, gap = math.log(self.noisiest), math.log(SMALLEST_GAP)
+        low = math.log(self.path.smallest)
+        ordered = [top, *sorted((min(log, top - gap) for log in logs[1:]), reverse=True)]
+        for place in range(1, len(ordered)):
+            ordered[place] = min(ordered[place], ordered[place - 1] - gap)
+        lift = low - ordered[-1]
+        if lift > 0:  # squeeze those that are below the table
+            ordered = np.interp(ordered, [ordered[-1], top], [low, top]).tolist()
+        repaired = []
+        for place, step in enumerate(steps):
+            last = place == len(steps) - 1
+            order = min(step.order, place + 1)
+            if last and step.prediction != "theta":
+                order = 1
+            prediction = step.prediction
+            if prediction == "epsilon" and order == 1:
+                prediction = "sample"
+            estimate = min(step.estimate, max(order - 1, 0))
+            repaired.append(replace(step, order=order, prediction=prediction, corrector=step.corrector and not
+                                    last, estimate=estimate, points=None, start=0))  # fmt: skip
+        sigmas = (*(math.exp(log) for log in ordered), 0.0)
+        return Schedule(sigmas, tuple(repaired), analytic, std)
+
+    def encode(self, candidate: Schedule) -> list[float]:
+        """Returns nodes and decisions as numbers, padded by one step."""
+        count = self.evaluations + 1
+        logs = self._logs(candidate)
+        numbers = [*(log / 3 for log in logs), *[0.0] * (count - len(logs)), math.log(candidate.std)]
+        numbers += [float(candidate.analytic_first == kind) for kind in ("noise", "mean")]
+        for step in [*candidate.steps, *[Step()] * (count - len(candidate.steps))]:
+            numbers += [step.order / 2, float(step.corrector), 5 * step.relaxation, step.damping]
+            numbers += [step.estimate / 2, *(float(step.prediction == kind) for kind in PREDICTIONS)]
+            numbers += [float(step.scaling == kind) for kind in SCALINGS]
+        return numbers
+
+    def to_plain(self, candidate: Schedule) -> Any:
+        """Returns a schedule as plain data."""
+        return candidate.to_dict()
+
+    def from_plain(self, data: Any) -> Schedule:
+        """Returns a schedule from plain data.
+
+        Raises:
+            ScheduleError: If it is none, or one of another number of evaluations.
+        """
+        schedule = Schedule.from_dict(data)
+        if schedule.evaluations != self.evaluations:
+            raise ScheduleError(f"a schedule of {schedule.evaluations} evaluations, not {self.evaluations}")
+        return schedule
