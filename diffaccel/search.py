@@ -178,7 +178,8 @@ class Evolution(Generic[G]):
         pool = []
         for _ in range(size):
             if len(parents) > 1 and self.rng.random() < self.crossing:
-                child = self.space.cross(*self.rng.sample(parents, 2), self.rng)
+                first, second = self.rng.sample(parents, 2)
+                child = self.space.cross(first, second, self.rng)
             else:
                 child = self._parent(parents)
             pool.append(self.space.mutate(child, self.rng))

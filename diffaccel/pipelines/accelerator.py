@@ -17,7 +17,7 @@ __all__ = ["Accelerator", "Proceed", "option", "registry", "resolve", "tag"]
 Proceed = Callable[[Any], Any]
 
 _REGISTRY: dict[str, type["Accelerator"]] = {}
-_ORDER = {"guidance": 0, "skip": 1, "": 2, "blocks": 3}  # outermost first
+_ORDER = {"guidance": 0, "skip": 1, "": 2, "solver": 2, "blocks": 3}  # outermost first
 
 
 def option(
@@ -51,7 +51,7 @@ class Accelerator:
     name: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     exclusive: ClassVar[str] = ""
-    """The kind: "guidance", "skip", "blocks" or "". One of a kind in a stack, which is ordered by kinds."""
+    """The kind: "guidance", "skip", "solver", "blocks" or ""; one of a kind in a stack, ordered by kinds."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the subclass by its name.
@@ -96,6 +96,10 @@ class Accelerator:
 
     def check(self, pipe: Any) -> str | None:
         """Returns why the accelerator cannot serve this pipeline as it is now, or None if it can."""
+        return None
+
+    def scheduler(self, pipe: Any) -> Any:
+        """Returns a scheduler that stands in the place of the pipeline's during a call; None leaves it."""
         return None
 
     def start(self, run: "Run") -> None:

@@ -168,6 +168,7 @@ class Run:
         check_stack(self.pipe, self.stack)
         self._begin = time.perf_counter()
         with ExitStack() as undo:
+            self._replace_scheduler(undo)
             for name in AUXILIARY:
                 if isinstance(module := getattr(self.pipe, name, None), nn.Module):
                     self.networks[name] = module
@@ -184,6 +185,13 @@ class Run:
             undo.callback(CURRENT.reset, token)
             self._close = undo.pop_all()
         return self
+
+    def _replace_scheduler(self, undo: ExitStack) -> None:
+        """Puts an accelerator's scheduler in the place of the pipeline's; not through its own bookkeeping."""
+        for accelerator in self.stack:
+            if (other := accelerator.scheduler(self.pipe)) is not None:
+                undo.callback(self.pipe.__dict__.__setitem__, "scheduler", self.pipe.scheduler)
+                self.pipe.__dict__["scheduler"] = self.scheduler = other
 
     def __exit__(self, *exc: object) -> None:
         self._close.close()

@@ -97,6 +97,7 @@ class Schedule:
         analytic_first: "none"; or what stands for the first evaluation, which saves it: "noise" (eps is the
             sample) or "mean" (x0 is 0).
         std: The data's standard deviation of the prediction "theta".
+        unit_scale: Whether the result is x / alpha, for decoders that take the noise of a last node above 0.
         facts: What is known of it, such as the model that it was searched for.
     """
 
@@ -104,6 +105,7 @@ class Schedule:
     steps: tuple[Step, ...]
     analytic_first: Literal["none", "noise", "mean"] = "none"
     std: float = 0.5
+    unit_scale: bool = False
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +162,8 @@ class Schedule:
         """Returns the schedule as plain data."""
         return {
             "version": VERSION, "sigmas": list(self.sigmas), "steps": [step.to_dict() for step in self.steps],
-            "analytic_first": self.analytic_first, "std": self.std, "facts": self.facts,
+            "analytic_first": self.analytic_first, "std": self.std, "unit_scale": self.unit_scale,
+            "facts": self.facts,
         }  # fmt: skip
 
     @classmethod
@@ -178,7 +181,9 @@ class Schedule:
             raise ScheduleError(f"a schedule with {unknown[0]!r}; {closest(unknown[0], known)}")
         try:
             steps = [_step(part) for part in data["steps"]]
-            rest = {name: data[name] for name in ("analytic_first", "std", "facts") if name in data}
+            rest = {
+                name: data[name] for name in ("analytic_first", "std", "unit_scale", "facts") if name in data
+            }
             return cls(tuple(data["sigmas"]), tuple(steps), **rest)
         except (KeyError, TypeError) as error:
             raise ScheduleError(f"no schedule: {error}") from None

@@ -52,13 +52,17 @@ class ScheduleSpace(Space[Schedule]):
     def seeds(self) -> list[Schedule]:
         """Returns the known solvers on the known grids, and those of published searches."""
         solvers = ("dpm++2m", "unipc2", "deis2", "theta2", "dpm++3m")
-        grids = [grid(name, self.evaluations, self.path) for name in GRIDS]
-        found = [solver_schedule(solver, sigmas) for solver in solvers for sigmas in grids]
+        found = [schedule for solver in solvers for schedule in self.known(solver)]
         if self.evaluations in WARM:
             times = [part * self.path.last_time for part in WARM[self.evaluations]]
             sigmas = (*(self.path.ratio(time) for time in times), 0.0)
-            found += [solver_schedule(solver, sigmas) for solver in ("dpm++2m", "unipc2", "theta2")]
-        return [replace(schedule, std=self.std) for schedule in found]
+            found += [solver_schedule(solver, sigmas) for solver in ("dpm++2m", "unipc2")]
+        return found
+
+    def known(self, solver: str) -> list[Schedule]:
+        """Returns a known solver on each of the grids."""
+        grids = [grid(name, self.evaluations, self.path) for name in GRIDS]
+        return [replace(solver_schedule(solver, sigmas), std=self.std) for sigmas in grids]
 
     def mutate(self, candidate: Schedule, rng: random.Random) -> Schedule:
         """Returns a schedule with some nodes moved and some decisions changed."""

@@ -364,6 +364,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         if step.corrector:
             self._pending = step, nodes, order
         result = _apply(rule, nodes, nodes[step.start].sample)
+        if self.schedule.unit_scale and place == len(self.schedule.steps) - 1:
+            result = result / self.levels[-1].alpha
         if rule.noise:
             noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=result.dtype)
             result = result + rule.noise * noise
