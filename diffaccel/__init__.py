@@ -20,20 +20,24 @@ from .errors import (
     UnsupportedScheduler,
 )
 from .pipelines import Accel, Accelerator, Report, Reuse, Sada, accelerate, install
+from .samplers import S3, FewStep, UnifiedSolverScheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "S3",
     "Accel",
     "Accelerator",
     "AcceleratorConflict",
     "DiffaccelError",
     "DiffusionPipeline",
+    "FewStep",
     "ModelError",
     "OptionError",
     "Report",
     "Reuse",
     "Sada",
+    "UnifiedSolverScheduler",
     "UnknownAccelerator",
     "UnsupportedPipeline",
     "UnsupportedScheduler",

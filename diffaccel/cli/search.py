@@ -43,8 +43,8 @@ class Settings:
 def search_s3(settings: Settings, out: Path) -> list[Schedule]:
     """Searches schedules, and writes ``scheduler_config.json`` and ``schedules.json``.
 
-    Schedules of other numbers of evaluations that the folder holds already are kept. Under ``accelerate launch``
-    the processes share the candidates, and the first one writes.
+    Schedules of other numbers of evaluations that the folder holds already are kept. Under ``accelerate
+    launch`` the processes share the candidates, and the first one writes.
 
     Arguments:
         settings: The settings.
@@ -63,17 +63,20 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
         if prompts is None:
             prompts = default_conditions(settings.model, pipe, 5 * settings.images)
         for evaluations in settings.nfe:
-            file = out / f"search-{evaluations}.json" if rank == 0 else None
             search = Search(pipe, evaluations, prompts, settings.guidance, settings.images, settings.budget,
-                            settings.seed, file=file)  # fmt: skip
-            with progress_bar() as progress:
-                task = progress.add_task(f"{evaluations} evaluations", total=settings.budget)
-                winner = search.run(lambda count: progress.advance(task, count), _share(rank, world))
-            found.append(winner)
+                            settings.seed, file=out / f"search-{evaluations}.json",
+                            writes=rank == 0)  # fmt: skip
+            found.append(_run(search, _share(rank, world)))
             if rank == 0:
-                _write(out, pipe, winner, settings)
+                _write(out, pipe, found[-1], settings)
             wait()
     return found if rank == 0 else []
+
+
+def _run(search: Search, share: Any) -> Schedule:
+    with progress_bar() as progress:
+        task = progress.add_task(f"{search.evaluations} evaluations", total=search.budget)
+        return search.run(lambda count: progress.advance(task, count), share)
 
 
 def _share(rank: int, world: int) -> Any:

@@ -5,14 +5,18 @@
 
 from diffusers import SchedulerMixin
 
+from .few_step import FewStep
 from .grids import GRIDS
 from .presets import SOLVERS, solver_schedule
 from .schedule import Schedule, ScheduleError, Step, load_schedules
+from .searched import S3
 from .unified import UnifiedSolverScheduler
 
 __all__ = [
     "GRIDS",
+    "S3",
     "SOLVERS",
+    "FewStep",
     "Schedule",
     "ScheduleError",
     "SchedulerMixin",

@@ -5,8 +5,8 @@ hundred times cheaper and smoother than a Fréchet distance, and no reference im
 see the same conditions and noise; the best are scored again on others, and the winner is reported on a third
 set.
 
-Left out of the published method: the starting node and the stencil's points are not searched (they are data of
-a `Schedule` and can be given by hand); the network's skip connections are not scaled.
+Left out of the published method: the starting node and the stencil's points are not searched (they are data
+of a `Schedule` and can be given by hand); the network's skip connections are not scaled.
 
 References:
     | A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models (2024)
@@ -96,6 +96,7 @@ class Search:
         seed: Decides everything.
         batch: Candidates between two trainings of the ranking.
         file: Where the state is kept; None keeps none.
+        writes: Whether this process keeps it; of several, one does.
     """
 
     pipe: Any
@@ -107,6 +108,7 @@ class Search:
     seed: int = 0
     batch: int = 8
     file: Path | None = None
+    writes: bool = True
 
     def __post_init__(self) -> None:
         """Makes the space and the engine.
@@ -164,8 +166,8 @@ class Search:
         final = share([winner], held_out)[0]
         facts = {
             "family": family_of(self.pipe), "guidance": self.guidance, "images": self.images,
-            "seed": self.seed, "candidates": len(self.evolution.scored), "distance": best[place].score, "again": again[place],
-            "held_out": final, "held_out_of_known_solvers": report,
+            "seed": self.seed, "candidates": len(self.evolution.scored), "distance": best[place].score,
+            "again": again[place], "held_out": final, "held_out_of_known_solvers": report,
         }  # fmt: skip
         return replace(winner, facts=facts)
 
@@ -181,7 +183,7 @@ class Search:
                 "conditions": list(self.conditions)}  # fmt: skip
 
     def _save(self) -> None:
-        if self.file is None:
+        if self.file is None or not self.writes:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")

@@ -1,0 +1,96 @@
+"""Searched schedules as an accelerator: ``pipe.to(accel="s3")`` or ``pipe.to(accel="s3:FILE")``."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ..errors import DiffaccelError, UnsupportedPipeline
+from ..pipelines.accelerator import Accelerator, option
+from .family import family_of, solver_of
+from .schedule import Schedule, ScheduleError, load_schedules
+
+__all__ = ["S3", "fitting", "shipped"]
+
+TABLES = Path(__file__).parent / "tables"
+
+
+@functools.cache
+def shipped() -> tuple[Schedule, ...]:
+    """Returns the schedules that ship with the package, all models together."""
+    return tuple(schedule for file in sorted(TABLES.glob("*.json")) for schedule in load_schedules(file))
+
+
+def fitting(pipe: Any, file: str = "") -> list[Schedule]:
+    """Returns the schedules that fit a pipeline's model.
+
+    Arguments:
+        pipe: The pipeline.
+        file: A file of schedules, which must be for the model's path; the shipped ones if it is empty, which
+            must be for the model.
+
+    Raises:
+        ScheduleError: If the file cannot be read, or none of its schedules is for the model's path.
+        UnsupportedPipeline: If no shipped schedule is for the model.
+    """
+    family = family_of(pipe)
+    known = load_schedules(Path(file).expanduser()) if file else list(shipped())
+    keys = ("path",) if file else ("denoiser", "config", "path")
+    found = [schedule for schedule in known
+             if all(schedule.facts.get("family", {}).get(key) == family[key] for key in keys)]  # fmt: skip
+    if not found and file:
+        paths = sorted({str(schedule.facts.get("family", {}).get("path")) for schedule in known})
+        raise ScheduleError(
+            f"{file!r} has schedules for the path {', '.join(paths)}; this model's is {family['path']}: "
+            "it is one of another family"
+        )
+    if not found:
+        models = sorted({str(schedule.facts.get("settings", {}).get("model")) for schedule in known})
+        raise UnsupportedPipeline(
+            f"no schedule for this {type(pipe).__name__} ships with diffaccel (there are some for "
+            f"{', '.join(models) or 'no model'}); make one with `diffaccel search s3 MODEL`, and give its "
+            "file: accel='s3:FILE'"
+        )
+    return found
+
+
+@dataclass
+class S3(Accelerator):
+    """Samples with a searched schedule; num_inference_steps of the call is its number of evaluations.
+
+    For the length of a call, the pipeline has a `UnifiedSolverScheduler` with the schedules that fit its
+    model. A call with a number of steps that none of them has is an error that names the numbers.
+
+    Arguments:
+        file: What ``diffaccel search s3`` has written; empty for the schedules that ship with the package.
+
+    References:
+        | A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models (2024)
+        | https://arxiv.org/abs/2312.07243
+    """
+
+    name: ClassVar[str] = "s3"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    exclusive: ClassVar[str] = "solver"
+
+    file: str = option("")
+
+    @classmethod
+    def create(cls, preset: str = "", /, **options: Any) -> Self:
+        """Creates the accelerator; what stands after the colon is the file."""
+        return super().create("", **({"file": preset} if preset else {}), **options)
+
+    def check(self, pipe: Any) -> str | None:
+        """Returns why no schedule fits the pipeline."""
+        try:
+            schedules = fitting(pipe, self.file)
+            solver_of(pipe.scheduler, schedules=[schedule.to_dict() for schedule in schedules])
+        except DiffaccelError as error:
+            return str(error)
+        return None
+
+    def scheduler(self, pipe: Any) -> Any:
+        """Returns the solver with the schedules that fit."""
+        schedules = [schedule.to_dict() for schedule in fitting(pipe, self.file)]
+        return solver_of(pipe.scheduler, schedules=schedules)
