@@ -151,6 +151,27 @@ def test_report_puts_evaluations_together_and_refuses_others(run, tmp_path):
     assert code == 2 and "cannot be compared" in err and not (tmp_path / "no.html").exists()
 
 
+def test_report_names_what_is_no_record(run, tmp_path):
+    for content in ({"scores": {}}, {"rows": [5]}, {"rows": [{"scores": {}}]}, {"rows": []}, [1]):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        code, _, err = run("report", tmp_path / "a.json", "--out", tmp_path / "a.html")
+        assert code == 2 and "a.json" in err and "expected" in err, err
+
+
+def test_images_are_written_by_a_later_call_too(run, tmp_path):
+    first, _ = evaluate(run, tmp_path)
+    assert evaluate(run, tmp_path, "--save-images")[0] == first
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 20
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_parts_without_their_settings_are_refused(run, tmp_path):
+    evaluate(run, tmp_path)
+    (tmp_path / "parts" / "settings.json").unlink()
+    code, _, err = run("eval", DIT, *FAST, "--out", tmp_path)
+    assert code == 2 and "settings.json" in err and "--restart" in err
+
+
 def process(out, *launcher, n=10):
     words = ("eval", DIT, "--accel", "reuse", *FAST, "--n", n, "--out", out)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

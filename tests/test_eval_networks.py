@@ -192,6 +192,22 @@ def test_bf16_is_recorded_and_tf32_is_off():
     assert seen == [False, False] and torch.backends.cudnn.allow_tf32 == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="switches of torch 2.9")
+def test_the_new_switches_of_tf32_and_autocast_do_not_matter():
+    """Resizing by TensorFlow's weights is a matrix product, and must be exact, too."""
+    made = Extractor(protocol("adm"), network=nn.Flatten(), weights="w")
+    images = torch.randint(0, 256, (2, 3, 40, 24), dtype=torch.uint8)
+    plain, matmul = made(images).features, torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(made(images).features, plain)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_every_protocol_is_complete():
     from diffaccel.eval.metrics import METRICS
     from diffaccel.eval.pixels import QUANTIZERS, RESIZERS

@@ -15,6 +15,7 @@ from diffaccel.errors import MissingReference, OptionError, ProtocolMismatch
 from diffaccel.eval.arrays import ArrayError
 from diffaccel.eval.frechet import Frechet, frechet_distance
 from diffaccel.eval.images import open_images
+from diffaccel.eval.inception_score import inception_score
 from diffaccel.eval.metrics import kept_of_generated, kept_of_reference, score
 from diffaccel.eval.networks import Outputs
 from diffaccel.eval.protocols import Extractor, protocol
@@ -93,7 +94,8 @@ def test_round_trip(tmp_path):
     assert (again.gaussian.mean == made.gaussian.mean).all() and again.count == 40
     assert (again.gaussian.covariance == made.gaussian.covariance).all()
     assert (again.spatial.gaussian.covariance == made.spatial.gaussian.covariance).all()
-    assert (again.features == made.features[0:40]).all() and again.features.dtype == np.float32
+    rows = again.features[0:40]
+    assert (rows == made.features[0:40]).all() and isinstance(rows, np.memmap), "not held in memory"
     assert again.meta == {**made.meta, "file": str(path)}
     save_statistics(again, path)
     assert load_statistics(path).meta == again.meta and is_statistics(path)
@@ -159,6 +161,11 @@ def test_no_file_by_half(error, tmp_path, monkeypatch):
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not fit together"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "not finite"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "meta": np.array("{")}, "no JSON"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "meta": np.array("[1]")}, "no record"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "meta": np.array('{"protocol": "clean"}')}, "no record"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array([1, 2])}, "expected a number"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(3)}, "no numbers 'sigma_s'"),
+        ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "no numbers 'mu'"),
         ({"mu": np.array([None] * 3), "sigma": np.eye(3)}, "Object arrays cannot"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "feats": np.zeros((5, 4))}, "do not fit"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "n": np.array(4), "feats": np.zeros((5, 3))}, "do not fit"),
@@ -223,6 +230,39 @@ def test_measure(tmp_path):
     json.dumps(record, allow_nan=False)
     ours = make(2000).gaussian
     assert Frechet(ours, y).correctable is False and Frechet(ours, ours).correctable is True
+
+
+def test_files_that_do_not_tell_are_said_to(tmp_path):
+    for n in range(2):
+        np.savez(tmp_path / f"{n}.npz", mu=np.full(DIM, n), sigma=np.eye(DIM))
+    records = [measure(pixels(2000), tmp_path / f"{n}.npz", extractor(), ["fid"]) for n in range(2)]
+    score = records[0]["scores"]["fid"]
+    assert score["se"] > 0 and not {"bias", "corrected"} & set(score), "M is not known, nor is its bias"
+    first, second = (record["reference"] for record in records)
+    assert first["unverified"] and first["data"] != second["data"], "told apart by the files' digests"
+    np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ProtocolMismatch, match=r"16 numbers and .*short\.npz' of 3"):
+        measure(pixels(), tmp_path / "short.npz", extractor(), ["fid"])
+    with pytest.raises(OptionError, match="to take 7 of them"):
+        measure(tmp_path / "0.npz", pixels(), extractor(), ["fid"], count=7)
+
+
+def test_bias_does_not_depend_on_the_other_metrics():
+    alone, more = (measure(pixels(), pixels(seed=1), extractor(), names)["scores"]["fid"]
+                   for names in (["fid"], ["fid", "kid"]))  # fmt: skip
+    assert alone == more
+
+
+def test_inception_scores_are_split_as_the_protocol_says():
+    made = make()
+    value = partial(score, made, make(seed=1), ["is"])
+    whole = inception_score(made.logits).value
+    assert value(PLAIN)["is"].value == whole != value(replace(PLAIN, split_size=10))["is"].value
+    assert (
+        value(replace(PLAIN, split_size=10))["is"].value == inception_score(made.logits, split_size=10).value
+    )
+    assert value(replace(PLAIN, splits=4))["is"].value == inception_score(made.logits, 4, 2020).value
+    assert protocol("adm").split_size == 5000 and protocol("torchmetrics_1_9").splits == 10
 
 
 def test_too_few_or_missing_outputs():

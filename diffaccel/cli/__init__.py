@@ -127,7 +127,9 @@ Batch = Annotated[int, typer.Option(min=1, help="Images at once.")]
 @app.command("fid")
 def fid_(
     generated: Annotated[Path, typer.Argument(help="Images: folder, zip, npz or npy; or statistics.")],
-    reference: Annotated[Path, typer.Argument(help="Images, or statistics written by `diffaccel stats`.")],
+    reference: Annotated[
+        Path, typer.Argument(help="Images, statistics of `diffaccel stats`, or a zoo model.")
+    ],
     protocol: Protocol = "clean",
     metrics: Metrics = "",
     n: Count = None,
@@ -208,6 +210,32 @@ def eval_(
         console = Console()
         console.print(table(eval_lines(record["rows"]), console.width))
         typer.echo(f"report: {out / 'report.html'}\nrecord: {out / 'eval.json'}")
+
+
+search = typer.Typer(help="Searches what makes a model fast.", no_args_is_help=True)
+app.add_typer(search, name="search")
+
+
+@search.command("s3")
+def search_s3_(
+    model: Model,
+    nfe: Annotated[list[int] | None, typer.Option(min=2, help="Repeatable: evaluations.")] = None,
+    guidance: Guidance = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images of the objective.")] = 32,
+    budget: Annotated[int, typer.Option(min=1, help="Candidates to score.")] = 300,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for scheduler and search.")] = Path("out/s3"),
+) -> None:
+    """Searches a solver schedule for each number of evaluations; goes on after a kill."""
+    from .search import Settings, lines_of, search_s3
+
+    settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, device, dtype)
+    found = search_s3(settings, out)
+    for line in lines_of(found, out) if found else ():
+        typer.echo(line)
 
 
 @app.command("report")

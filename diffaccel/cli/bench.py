@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..eval import Fidelity, Timing, clock_outside, count_flops, fidelity, interleave, timed
+from ..eval import (
+    Fidelity,
+    Memory,
+    Timing,
+    clock_outside,
+    count_flops,
+    fidelity,
+    interleave,
+    peak_memory,
+    timed,
+)
 from ..eval.provenance import machine, plain, versions
 from ..eval.sampler import Sampler, default_conditions, device_of
 from ..pipelines import accelerate, resolve
@@ -57,6 +67,7 @@ class Row:
         calls: Calls of the denoisers in the whole run; a call for a part of the batch is one, too.
         fidelity: The distance to the reference.
         flops: Floating-point operations an image.
+        memory: The most memory that the first run took, in bytes; None where it is not known.
         seconds: Wall-clock seconds of each round.
         outside: Of these, the seconds in VAE and text encoder.
         speedup: The reference's seconds over this row's, round by round.
@@ -71,6 +82,7 @@ class Row:
     calls: int = 0
     fidelity: Fidelity | None = None
     flops: float | None = None
+    memory: Memory | None = None
     seconds: list[float] = field(default_factory=list)
     outside: list[float] = field(default_factory=list)
     speedup: Timing | None = None
@@ -131,7 +143,10 @@ class Bench:
             advance()
 
     def _first(self, row: Row) -> None:
-        images = self.run(row, plainly=[])
+        if self.device.type in ("cpu", "cuda"):
+            images, row.memory = peak_memory(lambda: self.run(row, plainly=[]), self.device)
+        else:  # that of other devices is not known
+            images = self.run(row, plainly=[])
         self.images[id(row)] = images
         reports = self.sampler.reports
         row.requested = reports[0][1].requested

@@ -14,12 +14,12 @@ from .. import zoo
 from ..errors import MissingReference
 from ..eval import weights
 from ..eval.evaluation import Evaluation, Method, labels_of
-from ..eval.metrics import METRICS, check_metrics, kept_of_reference
+from ..eval.metrics import METRICS, check_metrics
 from ..eval.parts import Parts
 from ..eval.protocols import Extractor, protocol
 from ..eval.provenance import machine, plain, settings_digest, versions
 from ..eval.sampler import Sampler, default_conditions
-from ..eval.scoring import statistics_of
+from ..eval.scoring import reference_of, statistics_of
 from ..eval.statistics import Statistics, load_statistics, save_statistics
 from ..eval.summary import MethodResult, read_results, summarize
 from ..pipelines import accelerate, resolve
@@ -31,7 +31,7 @@ from .report import page
 from .tables import eval_lines, markdown
 from .writing import check_output, progress_bar, write_files
 
-__all__ = ["Settings", "evaluate"]
+__all__ = ["Settings", "evaluate", "processes"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Settings:
     @property
     def methods(self) -> list[Method]:
         """The plain pipeline first, then the accelerated ones, and the plain one with other steps."""
-        accelerated = [Method(name, self.steps, read_accel(name)) for name in self.accel]
-        others = [Method("plain", steps) for steps in self.plain_steps if steps != self.steps]
+        accelerated = [Method(name, self.steps, read_accel(name)) for name in dict.fromkeys(self.accel)]
+        others = [Method("plain", steps) for steps in dict.fromkeys(self.plain_steps) if steps != self.steps]
         return [Method("plain", self.steps), *accelerated, *others]
 
 
@@ -87,7 +87,7 @@ def evaluate(
         resolve(read_accel(name))
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
-    rank, world, wait = _processes(settings.device)
+    rank, world, wait = processes(settings.device)
     with quiet([]):
         work = _work(settings, prompts, settings.device if world == 1 else _own(settings.device),
                      out / "images" if save_images else None)  # fmt: skip
@@ -103,7 +103,7 @@ def evaluate(
     return _finish(settings, parts, work, names, out)
 
 
-def _processes(device: str) -> tuple[int, int, Any]:
+def processes(device: str) -> tuple[int, int, Any]:
     """Returns this process' number, how many there are, and what waits for all."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, lambda: None
@@ -119,6 +119,7 @@ def _own(device: str) -> str:
 
 
 def _work(settings: Settings, prompts: list[str] | None, device: str, images: Path | None) -> Evaluation:
+    zoo.resolve_model(settings.model)
     if settings.reference is None and settings.model not in zoo.names():
         raise MissingReference(
             "give --reference, images or statistics; only models of the zoo have their own"
@@ -155,7 +156,7 @@ def _facts(settings: Settings, work: Evaluation) -> dict[str, Any]:
 
 
 def _make(parts: Parts, work: Evaluation, rank: int, world: int) -> None:
-    todo = parts.missing(rank, world)
+    todo = parts.missing(rank, world, work.written)
     total = sum(len(parts.ranges[number]) for number in todo) * len(work.methods)
     with progress_bar() as progress:
         task = progress.add_task("images", total=total)
@@ -185,21 +186,17 @@ def _finish(
 
 def _timing(results: list[MethodResult], device: torch.device) -> dict[str, Any]:
     """Returns the seconds an image, beside the record: they differ from run to run."""
-    seconds = {result.method.label: result.seconds / len(result.shown) for result in results}
-    for result in results:
-        seconds[result.method.label] = result.seconds / (result.statistics.count or 1)
+    seconds = {result.method.label: result.seconds / (result.statistics.count or 1) for result in results}
     return {"seconds_per_image": seconds, "machine": machine(device),
             "note": "not interleaved; use diffaccel bench to compare times"}  # fmt: skip
 
 
 def _reference(settings: Settings, extractor: Extractor, names: list[str]) -> Statistics:
     """Returns the statistics of the reference; those of the zoo's are kept in the cache."""
-    keep, spatial = kept_of_reference(names), any(METRICS[name].spatial for name in names)
+    spatial = any(METRICS[name].spatial for name in names)
     with _progress() as advance:
         if settings.reference is not None:
-            return statistics_of(
-                settings.reference, extractor, keep, spatial, batch=settings.batch, advance=advance
-            )
+            return reference_of(settings.reference, extractor, names, batch=settings.batch, advance=advance)
         key = settings_digest({"features": extractor.record, "data": "fashion-mnist-test", "spatial": spatial,
                                "versions": versions()})  # fmt: skip
         file = weights.cache_folder() / "statistics" / f"{key}.npz"

@@ -48,10 +48,11 @@ def kind_of(record: Record) -> str:
         OptionError: If it is none of them.
     """
     rows = record.get("rows")
-    if isinstance(rows, list) and rows and all("fidelity" in row and "speedup" in row for row in rows):
-        return "bench"
-    if isinstance(rows, list) and rows and all("scores" in row for row in rows):
-        return "eval"
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        if all("fidelity" in row and "speedup" in row for row in rows):
+            return "bench"
+        if all("scores" in row and "evaluated" in row for row in rows):
+            return "eval"
     if isinstance(record.get("scores"), dict):
         return "fid"
     raise OptionError("a record must have rows or scores; expected eval.json, bench.json or what fid wrote")
@@ -194,9 +195,25 @@ def read_record(path: Path) -> tuple[Record, bytes | None]:
         picture = grid.read_bytes() if grid.is_file() else None
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot read {str(path)!r}: {error}") from None
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not _is_record(record):
         raise OptionError(f"{str(path)!r} holds no record; expected eval.json, bench.json or what fid wrote")
     return record, picture
+
+
+NEEDED = {
+    "bench": ("settings", "images", "scheduler"),
+    "eval": ("settings", "protocol", "features", "n", "m", "reference"),
+    "fid": ("protocol", "features", "n", "m", "generated", "reference"),
+}
+"""The entries that each kind of record must have, and of which `page` makes use."""
+
+
+def _is_record(record: Record) -> bool:
+    try:
+        needed = NEEDED[kind_of(record)]
+    except OptionError:
+        return False
+    return all(name in record for name in needed)
 
 
 def report(paths: Sequence[Path], out: Path) -> Path:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import zoo
 from ..errors import OptionError
 from ..eval.metrics import check_metrics
 from ..eval.protocols import Extractor, protocol
@@ -30,8 +31,8 @@ def fid(generated: Path, reference: Path, protocol_name: str, metrics: Sequence[
         check_output(out.parent)
     extractor = Extractor(protocol(protocol_name), device, bf16)
     with _progress("images") as advance:
-        record = measure(generated, reference, extractor, names, count=count, batch=batch, mixed=mixed,
-                         advance=advance)  # fmt: skip
+        record = measure(_data(generated), _data(reference), extractor, names, count=count, batch=batch,
+                         mixed=mixed, advance=advance)  # fmt: skip
     if out is not None:
         write_files(out.parent, {out.name: json.dumps(record, indent=1, allow_nan=False)})
     return record
@@ -40,15 +41,18 @@ def fid(generated: Path, reference: Path, protocol_name: str, metrics: Sequence[
 def lines_of(record: dict[str, Any]) -> list[str]:
     """Returns the scores of a record as lines of text."""
     lines = [f"protocol {record['protocol']}, {record['n']} images against {record['m'] or '?'}"]
-    for score in record["scores"].values():
+    for key, score in record["scores"].items():
         text = f"{score['name']:16} {score['value']:.6g}"
         if "se" in score:
             text += f" ± {score['se']:.2g}"
         if "corrected" in score:
             text += f"   corrected for bias: {score['corrected']:.6g}"
         elif "bias" in score:
-            text += f"   bias about {score['bias']:.3g}, too few images to correct it"
+            text += f"   bias about {score['bias']:.3g}, not corrected"
+            text += ": too few images" if key == "fid" else ""
         lines.append(text)
+    lines += [f"note: {record[side]['file']} does not tell how it was made; its protocol is not verified"
+              for side in ("generated", "reference") if record[side].get("unverified")]  # fmt: skip
     return lines
 
 
@@ -70,11 +74,16 @@ def stats(data: Path, protocol_name: str, features: bool, spatial: bool, count: 
     with _progress("images") as advance:
         keep = ("features",) if features else ()
         found = statistics_of(
-            data, extractor, keep, spatial, count=count, batch=batch, mixed=mixed, advance=advance
+            _data(data), extractor, keep, spatial, count=count, batch=batch, mixed=mixed, advance=advance
         )
     save_statistics(found, out)
     kept = ", with the features of each image" if features else ""
     return f"{found.count} images under the protocol {protocol_name}{kept}: {out}"
+
+
+def _data(path: Path) -> Any:
+    """Returns a path, or the reference images of a model of the zoo where there is no such path."""
+    return zoo.reference()[0] if str(path) in zoo.names() and not path.exists() else path
 
 
 @contextmanager

@@ -4,6 +4,7 @@ The images are made and scored in parts (`parts`), each by all methods, so that 
 the plain pipeline's image of the same noise. Images are not kept, but for a few to be shown.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..pipelines import accelerate
 from .classifier import labels_of_prompts, load_classifier, predict
 from .fidelity import Pairs
 from .images import digest, to_bytes
-from .perceptual import clip_available, load_clip, load_lpips, lpips_available, lpips_values
+from .perceptual import SMALLEST, clip_available, load_clip, load_lpips, lpips_available, lpips_values
 from .protocols import Extractor
 from .sampler import Sampler
 
@@ -146,11 +147,11 @@ class Evaluation:
             pairs = Pairs()
             pairs.update(images, first.clamp(0, 1))
             found.update(pairs.state_dict())
-            if self.lpips is not None:
+            if self.lpips is not None and min(images.shape[-2:]) >= SMALLEST:
                 found["lpips"] = lpips_values(images, first.clamp(0, 1), self.lpips)
         if self.clip is not None:
             found["clip"] = 100 * self.clip.cosines(pixels, self.sampler.values[numbers.start : numbers.stop])
-        if self.classifier is not None:
+        if self.classifier is not None and pixels.shape[1:] == (3, 32, 32):
             prediction = predict(pixels / 255, self.classifier)
             found["classes"] = prediction.class_logits.argmax(1)
             found["colors"] = prediction.color_logits.argmax(1)
@@ -158,9 +159,21 @@ class Evaluation:
             self._write(pixels, method, numbers)
         return found
 
-    def _write(self, pixels: Tensor, method: Method, numbers: range) -> None:
+    def written(self, numbers: range) -> bool:
+        """Returns whether all images that are to be written are."""
+        return self.images is None or all(
+            self._file(method, number).exists() for method in self.methods for number in numbers
+        )
+
+    def _file(self, method: Method, number: int) -> Path:
         assert self.images is not None
-        folder = self.images / method.label.replace("/", "_").replace(" ", "_").replace(",", "")
-        folder.mkdir(parents=True, exist_ok=True)
+        name = method.label.replace("/", "_").replace(" ", "_").replace(",", "")
+        return self.images / name / f"{number:06d}.png"
+
+    def _write(self, pixels: Tensor, method: Method, numbers: range) -> None:
         for number, image in zip(numbers, pixels, strict=True):
-            save_image(image / 255, folder / f"{number:06d}.png")
+            file = self._file(method, number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+            save_image(image / 255, temporary, format="png")
+            os.replace(temporary, file)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..errors import OptionError, closest
+from ..errors import OptionError, ProtocolMismatch, closest
 from .estimate import Estimate
 from .features import Rows
 from .frechet import Frechet, Reference, fid_infinity
@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 Scores = dict[str, Estimate]
+SHUFFLE = 2020
+"""The seed of the order in which images are split for the inception score, as torch-fidelity's."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def _fid(x: Statistics, y: Statistics, protocol: Protocol) -> Scores:
     if x.features is None:  # only moments: no standard error
         return {"fid": Estimate(y.reference.distance(x.gaussian))}
     result = Frechet(x.gaussian, y.reference)
+    if y.count is None:  # of an unknown number the bias is not known either
+        return {"fid": Estimate(result.distance, result.standard_error(x.features))}
     bias = result.bias(x.features, y.features)
     corrected = result.distance - bias if result.correctable else None
     return {"fid": Estimate(result.distance, result.standard_error(x.features), bias, corrected)}
@@ -80,7 +84,8 @@ def _cmmd(x: Statistics, y: Statistics, protocol: Protocol) -> Scores:
 
 
 def _inception(x: Statistics, y: Statistics, protocol: Protocol) -> Scores:
-    return {"is": inception_score(_rows(x, "logits"))}
+    seed = SHUFFLE if protocol.splits > 1 else None
+    return {"is": inception_score(_rows(x, "logits"), protocol.splits, seed, protocol.split_size)}
 
 
 def _neighbors(x: Statistics, y: Statistics, protocol: Protocol) -> Scores:
@@ -152,11 +157,21 @@ def score(generated: Statistics, reference: Statistics, names: Iterable[str], pr
         ProtocolMismatch: If the features were made in different ways.
         OptionError: If something that a metric needs is not known.
     """
-    check_same(generated.protocol, reference.protocol, ("the generated images", "the reference"))
+    names_of_sets = _called(generated, "the generated images"), _called(reference, "the reference")
+    check_same(generated.protocol, reference.protocol, names_of_sets)
+    lengths = generated.gaussian.dim, reference.gaussian.dim
+    if lengths[0] != lengths[1]:
+        told = (f"{name} of {length} numbers" for name, length in zip(names_of_sets, lengths, strict=True))
+        raise ProtocolMismatch(f"features differ in length: those of {' and those of '.join(told)}")
     scores: Scores = {}
     for name in check_metrics(names):
         scores.update(METRICS[name].compute(generated, reference, protocol))
     return scores
+
+
+def _called(statistics: Statistics, name: str) -> str:
+    file = statistics.meta.get("file")
+    return f"{name} in {file!r}" if file else name
 
 
 def shown_name(metric: str, count: int | None, protocol: Protocol) -> str:

@@ -8,7 +8,7 @@ interrupted or shared ends with the same numbers as one that was not.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,14 @@ class Parts:
             OptionError: If it cannot be written.
         """
         file = self.folder / SETTINGS
+        # looked for before the settings, which whoever makes a part writes first
+        stray = next(self.folder.glob("part-*.safetensors"), None)
         if file.exists():
             self._compare(file)
             return
+        if stray is not None:
+            raise PartsError(f"no {str(file)!r} beside {stray.name}; expected the settings of the parts: "
+                             "give another --out, or --restart")  # fmt: skip
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f".{SETTINGS}.{os.getpid()}.tmp")
@@ -66,6 +71,8 @@ class Parts:
             before = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PartsError(f"cannot read {str(file)!r}: {error}; remove the folder to begin anew") from None
+        if not isinstance(before, dict):
+            raise PartsError(f"{str(file)!r} holds no settings; remove the folder to begin anew")
         different = [key for key in sorted({*before, *self.settings})
                      if before.get(key) != self.settings.get(key)]  # fmt: skip
         if different:
@@ -80,9 +87,17 @@ class Parts:
         """Returns the file of a part."""
         return self.folder / f"part-{number:06d}.safetensors"
 
-    def missing(self, rank: int = 0, world: int = 1) -> list[int]:
-        """Returns the parts that are still to be made by one of several processes."""
-        return [n for n in range(len(self.ranges)) if n % world == rank and not self.path(n).exists()]
+    def missing(self, rank: int = 0, world: int = 1,
+                written: Callable[[range], bool] = lambda numbers: True) -> list[int]:  # fmt: skip
+        """Returns the parts that are still to be made by one of several processes.
+
+        Arguments:
+            rank: The number of the process.
+            world: The number of processes.
+            written: Whether what else is to be made of some images is there.
+        """
+        return [n for n, numbers in enumerate(self.ranges)
+                if n % world == rank and not (self.path(n).exists() and written(numbers))]  # fmt: skip
 
     def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a part."""

@@ -54,6 +54,8 @@ class Protocol:
         metrics: What is computed by default.
         neighbors: k of precision and recall.
         images: The published number of generated images; another number is another score.
+        splits: The splits of the inception score, of shuffled images if there are several.
+        split_size: Or the images of a split, in their order.
         version: Counts changes of this definition.
     """
 
@@ -66,12 +68,14 @@ class Protocol:
     metrics: tuple[str, ...] = ("fid",)
     neighbors: int = 5
     images: int = 50_000
+    splits: int = 1
+    split_size: int | None = None
     version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what features depend on, as plain data."""
         record = asdict(self)
-        for name in ("metrics", "neighbors", "images"):
+        for name in ("metrics", "neighbors", "images", "splits", "split_size"):
             del record[name]
         return record
 
@@ -82,10 +86,10 @@ PROTOCOLS = {
         Protocol("clean", "inception-torchscript", 299, "clean", "tf", metrics=("fid", "kid")),
         Protocol("legacy_tf", "inception-torchscript", 299, "tf1_bilinear", "tf", "half_up"),
         Protocol("adm", "inception-state", 299, "tf1_bilinear", "tf", "trunc",
-                 metrics=("fid", "sfid", "is", "pr"), neighbors=3),
+                 metrics=("fid", "sfid", "is", "pr"), neighbors=3, split_size=5_000),
         Protocol("pytorch_fid", "inception-state", 299, "bilinear", "symmetric"),
         Protocol("torchmetrics_1_9", "inception-state", 299, "bilinear_antialias", "tf", "trunc",
-                 metrics=("fid", "kid", "is")),
+                 metrics=("fid", "kid", "is"), splits=10),
         Protocol("dgm_dinov2", "dinov2-large", 224, "pil_bicubic", "imagenet",
                  metrics=("fid", "kid", "prdc")),
         Protocol("edm2_dinov2", "dinov2-large", 224, "bicubic_antialias", "imagenet"),
@@ -161,12 +165,13 @@ class Extractor:
 
     def _outputs(self, pixels: Tensor) -> Outputs:
         protocol = self.protocol
-        images = pixels.to(self.device)
-        if protocol.size:
-            images = resize(images, protocol.size, protocol.resizer)
-        images = SCALINGS[protocol.scaling](images.float()).contiguous(memory_format=torch.channels_last)
-        with _without_tf32(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = self._loaded[0](images)
+        images, kind = pixels.to(self.device), self.device.type
+        with _without_tf32(), torch.autocast(kind, enabled=False):  # resizing multiplies matrices, too
+            if protocol.size:
+                images = resize(images, protocol.size, protocol.resizer)
+            images = SCALINGS[protocol.scaling](images.float()).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
+                outputs = self._loaded[0](images)
         if isinstance(outputs, Tensor):
             outputs = Outputs(outputs.flatten(1))
         features, *others = (None if part is None else part.float().cpu() for part in outputs)
@@ -187,8 +192,24 @@ class _without_tf32:
     """Turns TF32 off in matrix products and convolutions."""
 
     def __enter__(self) -> None:
-        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        matmul: Any = torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
+        self.switches: list[tuple[Any, str, Any]] = [
+            (matmul, "allow_tf32", False),
+            (cudnn, "allow_tf32", False),
+        ]
+        try:
+            self.before = self._read()
+        except RuntimeError:  # from torch 2.9 on, once someone has used the switches that are new there
+            places = (matmul, cudnn.conv, cudnn.rnn)
+            self.switches = [(place, "fp32_precision", "ieee") for place in places]
+            self.before = self._read()
+        for place, name, off in self.switches:
+            setattr(place, name, off)
+
+    def _read(self) -> list[Any]:
+        return [getattr(place, name) for place, name, _ in self.switches]
 
     def __exit__(self, *exc: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+        for (place, name, _), value in zip(self.switches, self.before, strict=True):
+            setattr(place, name, value)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingReference, ProtocolMismatch
+from ..errors import MissingReference, OptionError, ProtocolMismatch
 from .arrays import members
 from .images import Images, open_images
 from .metrics import METRICS, check_metrics, kept_of_generated, kept_of_reference, score, shown_name
@@ -12,7 +12,7 @@ from .protocols import Extractor, Protocol
 from .provenance import plain
 from .statistics import Statistics, collect, load_statistics
 
-__all__ = ["is_statistics", "measure", "record_of", "statistics_of"]
+__all__ = ["is_statistics", "measure", "record_of", "reference_of", "statistics_of"]
 
 
 def is_statistics(path: Path) -> bool:
@@ -47,12 +47,31 @@ def statistics_of(data: Any, extractor: Extractor, keep: Iterable[str], spatial:
         if is_statistics(path):
             statistics = load_statistics(path)
             _check_protocol(statistics, extractor.protocol)
+            if count not in (None, statistics.count):
+                raise OptionError(f"{str(path)!r} holds statistics of {statistics.count or 'some'} images; "
+                                  f"expected images, to take {count} of them")  # fmt: skip
             if statistics.features is None and "features" in keep and "arr_0" in members(path):  # as ADM does
                 some = collect(open_images(path), extractor, ["features"], False, None, batch, mixed, advance)
                 statistics.features, statistics.folder = some.features, some.folder
             return statistics
     images = data if isinstance(data, Images) else open_images(data, extractor.protocol.quantizer)
     return collect(images, extractor, keep, spatial, count, batch, mixed, advance)
+
+
+def reference_of(data: Any, extractor: Extractor, names: Iterable[str], **options: Any) -> Statistics:
+    """Returns the statistics of a reference, with what some metrics need to know of it.
+
+    Arguments:
+        data: As of `statistics_of`.
+        extractor: The extractor.
+        names: The metrics.
+        options: Further arguments of `statistics_of`.
+    """
+    names = check_metrics(names)
+    keep = kept_of_reference(names)
+    if not isinstance(data, (str, Path)) or not is_statistics(Path(data)):
+        keep = {*keep, "features"}  # for the bias, which is not to depend on the other metrics
+    return statistics_of(data, extractor, keep, any(METRICS[name].spatial for name in names), **options)
 
 
 def _check_protocol(statistics: Statistics, protocol: Protocol) -> None:
@@ -84,7 +103,7 @@ def measure(generated: Any, reference: Any, extractor: Extractor, metrics: Itera
     names = check_metrics(metrics or extractor.protocol.metrics)
     spatial = any(METRICS[name].spatial for name in names)
     options: dict[str, Any] = {"batch": batch, "mixed": mixed, "advance": advance}
-    y = statistics_of(reference, extractor, kept_of_reference(names), spatial, **options)
+    y = reference_of(reference, extractor, names, **options)
     x = statistics_of(generated, extractor, kept_of_generated(names), spatial, count=count, **options)
     return record_of(x, y, names, extractor.protocol)
 

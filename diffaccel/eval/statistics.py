@@ -20,12 +20,13 @@ import numpy as np
 
 from ..errors import OptionError, ProtocolMismatch
 from .arrays import ArrayError, ArrayFile, members
-from .features import FeatureFile, Rows
+from .features import ROWS, FeatureFile, Rows
 from .frechet import Reference
 from .images import Images, digest
 from .moments import Gaussian, Moments
 from .protocols import Extractor
 from .provenance import digest_of, versions
+from .weights import sha256
 
 __all__ = ["Collector", "Statistics", "check_same", "collect", "load_statistics", "save_statistics"]
 
@@ -227,17 +228,37 @@ def load_statistics(path: Path) -> Statistics:
             small = {name: file[name] for name in names if name not in ("feats", "arr_0")}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArrayError(f"cannot read {str(path)!r}: {error}") from None
-    meta = _read_meta(small, path)
-    count = int(small["n"]) if "n" in small and int(small["n"]) >= 0 else None
+    meta, count = _read_meta(small, path), _read_count(small, path)
     spatial = _read_gaussian(small, "mu_s", "sigma_s", count, path) if "mu_s" in small else None
     reference = _read_gaussian(small, "mu", "sigma", count, path)
-    features = None
+    statistics = Statistics(reference, meta, spatial)
     if "feats" in names:
         array = ArrayFile(path, "feats")
         if array.shape[1:] != (reference.gaussian.dim,) or count not in (None, array.shape[0]):
             raise ArrayError(f"{str(path)!r}: feats {array.shape} do not fit n {count} and mu")
-        features = array[0 : array.shape[0]]
-    return Statistics(reference, meta, spatial, features)
+        statistics.folder = tempfile.TemporaryDirectory(prefix="diffaccel-")
+        statistics.features = _spill(array, Path(statistics.folder.name) / "features.f32")
+    return statistics
+
+
+def _spill(array: ArrayFile, path: Path) -> FeatureFile:
+    """Returns the rows of an array in a file of their own: a compressed one cannot be mapped."""
+    file = FeatureFile(path, array.shape[1])
+    for start in range(0, array.shape[0], ROWS):
+        file.append(array[start : start + ROWS])
+    return file
+
+
+def _read_count(arrays: dict[str, np.ndarray], path: Path) -> int | None:
+    found = arrays.get("n")
+    if found is None:
+        return None
+    if found.size != 1 or found.dtype.kind not in "iu":
+        raise ArrayError(
+            f"{str(path)!r}: n has the shape {found.shape} and type {found.dtype}; expected a number"
+        )
+    count = int(found.item())
+    return count if count >= 0 else None
 
 
 def _read_meta(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
@@ -245,12 +266,23 @@ def _read_meta(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
         meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {}
     except ValueError as error:
         raise ArrayError(f"{str(path)!r}: its meta is no JSON: {error}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("protocol", {}), dict):
+        raise ArrayError(
+            f"{str(path)!r}: its meta is no record of statistics; expected an object with a protocol"
+        )
+    if "data" not in meta:  # as in the files of others
+        meta["data"] = f"file {sha256(path)}"
+    if "protocol" not in meta:
+        meta["unverified"] = True
     return {**meta, "file": str(path)}
 
 
 def _read_gaussian(
     arrays: dict[str, np.ndarray], mean: str, cov: str, count: int | None, path: Path
 ) -> Reference:
+    missing = [name for name in (mean, cov) if name not in arrays or arrays[name].dtype.kind not in "fiu"]
+    if missing:
+        raise ArrayError(f"{str(path)!r} has no numbers {missing[0]!r}; expected {mean} and {cov}")
     mu, sigma = (np.asarray(arrays[name], dtype=np.float64) for name in (mean, cov))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ArrayError(f"{str(path)!r}: {mean} {mu.shape} and {cov} {sigma.shape} do not fit together")

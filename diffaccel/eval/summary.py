@@ -66,8 +66,14 @@ def read_results(
         OptionError: If there are fewer than two images.
     """
     keep, spatial = kept_of_generated(metrics), any(METRICS[name].spatial for name in metrics)
-    return [_Reader(method, Collector(extractor.record, keep, spatial)).read(parts, position)
-            for position, method in enumerate(methods)]  # fmt: skip
+    readers = [_Reader(method, Collector(extractor.record, keep, spatial)) for method in methods]
+    for part in parts:
+        for position, reader in enumerate(readers):
+            head = f"{position}/"
+            reader.add(
+                {name.removeprefix(head): value for name, value in part.items() if name.startswith(head)}
+            )
+    return [reader.result() for reader in readers]
 
 
 LISTS = ("classes", "colors", "lpips", "clip", "shown")
@@ -85,20 +91,8 @@ class _Reader:
         self.pairs: Pairs | None = None
         self.lists: dict[str, list[Tensor]] = {name: [] for name in LISTS}
 
-    def read(self, parts: Parts, position: int) -> MethodResult:
-        for part in parts:
-            prefix = f"{position}/"
-            self._add(
-                {name.removeprefix(prefix): value for name, value in part.items() if name.startswith(prefix)}
-            )
-        joined = {name: torch.cat(values) if values else None for name, values in self.lists.items()}
-        asked, run = self.cost / self.count
-        shown = joined.pop("shown")
-        assert shown is not None
-        return MethodResult(self.method, self.collector.statistics(source=self.method.label), asked, run,
-                            self.seconds, self.pairs, **joined, shown=shown)  # fmt: skip
-
-    def _add(self, found: dict[str, Tensor]) -> None:
+    def add(self, found: dict[str, Tensor]) -> None:
+        """Adds the method's tensors of a part."""
         arrays = {name: found[name].numpy() for name in ("features", "logits", "spatial") if name in found}
         self.collector.add(**arrays, digests=[bytes(row.numpy()) for row in found["digests"]])
         self.cost += found["cost"].numpy()
@@ -110,6 +104,15 @@ class _Reader:
         for name, values in self.lists.items():
             if name in found:
                 values.append(found[name])
+
+    def result(self) -> MethodResult:
+        """Returns what was gathered."""
+        joined = {name: torch.cat(values) if values else None for name, values in self.lists.items()}
+        asked, run = self.cost / self.count
+        shown = joined.pop("shown")
+        assert shown is not None
+        return MethodResult(self.method, self.collector.statistics(source=self.method.label), asked, run,
+                            self.seconds, self.pairs, **joined, shown=shown)  # fmt: skip
 
 
 def summarize(results: Sequence[MethodResult], reference: Statistics, extractor: Extractor,

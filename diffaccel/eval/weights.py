@@ -134,8 +134,8 @@ def _download(weights: Weights) -> Path:
             "and name its folder in DIFFACCEL_WEIGHTS"
         )
     target = cache_folder() / "weights" / weights.file
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:  # to a temporary name, renamed when the digest is right
+        target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(weights.url, str(target), weights.sha256, progress=False)
     except (OSError, RuntimeError) as error:
         raise MissingWeights(f"{looked}; cannot download {weights.url}: {error}") from None

@@ -1,7 +1,5 @@
 """Fashion-MNIST from its IDX files, padded to 32x32, colored, and served in an endless shuffled stream."""
 
-import gzip
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffaccelError
+from diffaccel.errors import DiffaccelError, ModelError
 from diffaccel.zoo.fashion import CLASSES, COLORS
+from diffaccel.zoo.reference import IMAGES_MAGIC, LABELS_MAGIC, PADDING, SIDE, paint, read_idx
 
 __all__ = ["DEBIAN_FOLDER", "Batch", "DataError", "Fashion", "Stream", "held_out", "load", "paint"]
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
-IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801  # unsigned bytes in 3 dimensions, and in 1
-SIDE, PADDING = 28, 2
 
 
 class DataError(DiffaccelError, ValueError):
@@ -66,29 +63,15 @@ def load(split: str, folder: str | Path = DEBIAN_FOLDER) -> Fashion:
 
 
 def _read(file: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an IDX file: big-endian magic number and sizes, then bytes."""
-    try:
-        content = gzip.decompress(file.read_bytes())
-    except FileNotFoundError as error:
+    if not file.exists():
         raise DataError(
             f"no file {str(file)!r}; install the data set with 'apt-get install dataset-fashion-mnist', "
             "or give the folder of its four .gz files with --data"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {str(file)!r}: {error}; expected a complete gzip file") from error
-    header = 4 * (2 + len(shape))
-    fields = np.frombuffer(content[:header], ">u4").tolist() if len(content) >= header else [0]
-    if fields[0] != magic or tuple(fields[2:]) != shape:
-        raise DataError(f"{str(file)!r} begins with {fields}; expected [{magic}, number, {shape}]")
-    if len(content) - header != fields[1] * int(np.prod(shape)):
-        raise DataError(f"{str(file)!r} has {len(content) - header} bytes of data; its header gives {fields}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(fields[1], *shape)
-
-
-def paint(grey: Tensor, colors: Tensor) -> Tensor:
-    """Multiplies grey images of shape (B, 32, 32) in bytes by their colors; (B, 3, 32, 32) in [-1, 1]."""
-    factors = torch.tensor([(1.0, 1.0, 1.0), *COLORS.values()])[colors]
-    return grey[:, None].float() / 127.5 * factors[:, :, None, None] - 1
+        )
+    try:
+        return read_idx(file, magic, shape)
+    except ModelError as error:
+        raise DataError(str(error)) from error
 
 
 class Stream:
