@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/diffaccel demo --out out/demo
@@ -19,6 +19,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tables: $(STAMP)  # docs/zoo.md from benchmarks/zoo-*.json
+	$(BIN)/python benchmarks/zoo_tables.py tables
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

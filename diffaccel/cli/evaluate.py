@@ -17,7 +17,7 @@ from ..eval.evaluation import Evaluation, Method, labels_of
 from ..eval.metrics import METRICS, check_metrics
 from ..eval.parts import Parts
 from ..eval.protocols import Extractor, protocol
-from ..eval.provenance import machine, plain, settings_digest, versions
+from ..eval.provenance import machine, model_digest, plain, settings_digest, versions
 from ..eval.sampler import Sampler, default_conditions
 from ..eval.scoring import reference_of, statistics_of
 from ..eval.statistics import Statistics, load_statistics, save_statistics
@@ -149,6 +149,7 @@ def _facts(settings: Settings, work: Evaluation) -> dict[str, Any]:
     sampler, scheduler = work.sampler, work.pipe.scheduler
     return plain({
         **chosen, "guidance": sampler.guidance, "features": work.extractor.record, "judges": work.judges,
+        "weights": model_digest(work.pipe),
         "versions": versions(), "conditions": settings_digest({"conditions": sampler.conditions}),
         "pipeline": type(sampler.pipe).__name__, "scheduler_class": type(scheduler).__name__,
         "scheduler_config": dict(scheduler.config),
