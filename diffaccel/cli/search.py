@@ -57,7 +57,8 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
     rank, world, wait = processes(settings.device)
-    found = []
+    found: list[Schedule] = []
+    objectives: dict[int, Any] = {}
     with quiet([]):
         pipe = load(settings.model, None, settings.device, settings.dtype)
         if prompts is None:
@@ -65,7 +66,7 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
         for evaluations in settings.nfe:
             search = Search(pipe, evaluations, prompts, settings.guidance, settings.images, settings.budget,
                             settings.seed, file=out / f"search-{evaluations}.json",
-                            writes=rank == 0)  # fmt: skip
+                            writes=rank == 0, objectives=objectives)  # fmt: skip
             found.append(_run(search, _share(rank, world)))
             if rank == 0:
                 _write(out, pipe, found[-1], settings)

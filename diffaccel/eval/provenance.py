@@ -52,8 +52,8 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 def model_digest(pipe: Any) -> str:
     """Returns a SHA-256 that tells the weights of a pipeline's networks from others, in a moment.
 
-    Of each tensor it takes the name, the shape and up to 256 values, evenly spread: retrained weights differ in
-    them, and a tensor that was changed by hand elsewhere is not noticed.
+    Of each tensor it takes the name, the shape and up to 256 values, evenly spread: retrained weights differ
+    in them, and a tensor that was changed by hand elsewhere is not noticed.
 
     Arguments:
         pipe: The pipeline.

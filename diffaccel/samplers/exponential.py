@@ -103,7 +103,7 @@ def combine(step: Step, nodes: Sequence[Level], target: Level, order: int, zeta:
         scaled: Whether the first derivative is scaled as the step says.
     """
     start = nodes[step.start]
-    others = _active(step, len(nodes), order - 1)
+    others = _active(step, len(nodes), max(order - 1, step.estimate if order > 1 else 0))
     position = [_position(step.prediction, node, std) for node in nodes]
     origin, end = position[step.start], _position(step.prediction, target, std)
     factor, weights = _taylor(step.prediction, start, target, end - origin, order, zeta, std)
@@ -122,12 +122,15 @@ def combine(step: Step, nodes: Sequence[Level], target: Level, order: int, zeta:
             shares[step.start] -= weights[k] * estimate.sum()
     parts = [_parts(step.prediction, node, std) for node in nodes]
     noise = target.sigma * math.sqrt(-math.expm1(-2 * zeta**2 * (end - origin))) if zeta else 0.0
-    return Combination(
-        factor,
-        [float(share * part[0]) for share, part in zip(shares, parts, strict=True)],
-        [float(share * part[1]) for share, part in zip(shares, parts, strict=True)],
-        noise,
-    )
+    x0 = [float(share * part[0]) for share, part in zip(shares, parts, strict=True)]
+    eps = [float(share * part[1]) for share, part in zip(shares, parts, strict=True)]
+    if scaled and len(step.corrections) <= 2 * len(nodes):  # fewer nodes after a start in mid-schedule
+        for place, (more_x0, more_eps) in enumerate(
+            zip(step.corrections[::2], step.corrections[1::2], strict=True)
+        ):
+            x0[place] += target.alpha * more_x0
+            eps[place] += target.alpha * more_eps
+    return Combination(factor, x0, eps, noise)
 
 
 def _active(step: Step, count: int, needed: int) -> list[int]:
@@ -135,7 +138,7 @@ def _active(step: Step, count: int, needed: int) -> list[int]:
     if step.points is not None:
         named = [j for j in step.points if j < count and j != step.start]
         if len(named) >= needed:
-            return named[: max(needed, step.estimate or 0)]
+            return named[:needed]
     return [j for j in range(count) if j != step.start][:needed]
 
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 from typing import Any
 
-from ..errors import UnsupportedPipeline
+import torch
+
+from ..errors import UnsupportedPipeline, UnsupportedScheduler
 from ..pipelines.run import denoisers_of
 from .paths import TrainingPath
 from .unified import UnifiedSolverScheduler
@@ -12,22 +14,35 @@ from .unified import UnifiedSolverScheduler
 __all__ = ["family_of", "path_name", "solver_of"]
 
 
-def solver_of(scheduler: Any, **options: Any) -> UnifiedSolverScheduler:
+def solver_of(
+    scheduler: Any, cls: type[UnifiedSolverScheduler] = UnifiedSolverScheduler, **options: Any
+) -> UnifiedSolverScheduler:
     """Returns our scheduler with the settings of a pipeline's.
 
     Arguments:
         scheduler: The pipeline's scheduler.
+        cls: A subclass to make instead.
         options: Settings of `UnifiedSolverScheduler` that are others.
+
+    Raises:
+        UnsupportedScheduler: If its path is not known, or its table of alphas not that of its settings.
     """
     from ..zoo.folders import quiet
 
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     with quiet([]):  # of settings that only other solvers have
-        return UnifiedSolverScheduler.from_config(scheduler.config, **options)
+        solver: UnifiedSolverScheduler = cls.from_config(config, **options)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is not None and not solver.path.is_flow:
+        ours = solver.alphas_cumprod.to(table)
+        if len(table) != len(ours) or not torch.allclose(table, ours, rtol=1e-3, atol=1e-5):
+            raise UnsupportedScheduler(f"{type(scheduler).__name__} has alphas that its betas do not make")
+    return solver
 
 
 def path_name(path: TrainingPath) -> str:
     """Returns the name of a path: "flow", or "vp" with its largest ratio."""
-    return "flow" if path.is_flow else f"vp {path.largest:.4g}"
+    return path.name
 
 
 def family_of(pipe: Any) -> dict[str, str]:

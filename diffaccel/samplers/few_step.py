@@ -1,8 +1,8 @@
 r"""Few-step recipes: two-stage grids that stop at some noise, which the decoder of a latent model takes away.
 
 Stage 1 is a Karras grid S of M ratios from the noisiest to the cleanest level; the ratio S_q cuts it. Stage 2
-puts n + 1 nodes on a Karras grid of the training *times* from the noisiest to that of S_q, with rho = 1.2. The
-sample is decoded as y = x / alpha.
+puts n + 1 nodes on a Karras grid of the training *times* from the noisiest to that of S_q, with rho = 1.2.
+The sample is decoded as y = x / alpha.
 
 References:
     | Hyperparameters are all you need: Using five-step inference for an original diffusion model to generate

@@ -48,8 +48,9 @@ def _log_snr(count: int, path: TrainingPath) -> np.ndarray:
 
 
 def _theta(count: int, path: TrainingPath) -> np.ndarray:
-    """Equal steps of theta = atan(S / c), down to 0."""
-    angles = math.atan2(_noisiest(path), STD) * np.arange(count, 0, -1) / count
+    """Equal steps of theta = atan(S / c), down to 0; or to the cleanest level that the network knows."""
+    high = math.atan2(_noisiest(path), STD)
+    angles = np.linspace(high, max(high / count, math.atan2(path.smallest, STD)), count)
     return STD * np.tan(angles)
 
 

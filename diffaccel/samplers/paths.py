@@ -1,7 +1,7 @@
 """The path that a model was trained on, as a map between its time and the ratio sigma / alpha."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedScheduler
 from .exponential import Level
 
-__all__ = ["LARGEST", "TrainingPath", "betas_of"]
+__all__ = ["LARGEST", "TrainingPath", "betas_of", "flow_settings"]
 
 LARGEST = 1e6
 """The ratio that stands for pure noise, where alpha is 0."""
@@ -35,6 +35,11 @@ class TrainingPath:
     def is_flow(self) -> bool:
         """Whether it is the straight path."""
         return self.alphas_cumprod is None
+
+    @property
+    def name(self) -> str:
+        """What tells paths from another: "flow", or "vp" with its largest ratio."""
+        return "flow" if self.is_flow else f"vp {self.largest:.4g}"
 
     @cached_property
     def _logs(self) -> np.ndarray:
@@ -81,6 +86,26 @@ class TrainingPath:
             return Level(1 / (1 + ratio), ratio / (1 + ratio))
         scale = math.hypot(1.0, ratio)
         return Level(1 / scale, ratio / scale)
+
+
+def flow_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what schedulers of flow matching leave unsaid in their configuration: the prediction type.
+
+    Arguments:
+        config: The configuration of any scheduler, possibly without the name of its class.
+
+    Raises:
+        UnsupportedScheduler: If its path is neither variance-preserving nor straight, or is turned round.
+    """
+    maker = str(config.get("_class_name", ""))
+    if "sigma_data" in config or config.get("invert_sigmas") or maker.startswith(("IPNDM", "MiniMaxH3")):
+        raise UnsupportedScheduler(
+            f"the settings of {maker or 'this scheduler'} are for another path (EDM, trigonometric, inverted "
+            "sigmas); UnifiedSolverScheduler knows the variance-preserving and the straight one"
+        )
+    silent = "shift" in config and "beta_schedule" not in config and "prediction_type" not in config
+    flow = silent or maker.startswith(("FlowMatch", "FlowMap", "LTXEuler"))
+    return {"prediction_type": "flow_prediction"} if flow else {}
 
 
 def betas_of(count: int, start: float, end: float, kind: str, trained: Any, zero_snr: bool) -> Tensor:

@@ -5,6 +5,9 @@ hundred times cheaper and smoother than a Fréchet distance, and no reference im
 see the same conditions and noise; the best are scored again on others, and the winner is reported on a third
 set.
 
+The first part of the budget goes to the published search over decisions. The second part is ours: the nodes
+of the best schedules are moved by CMA-ES, and each candidate's steps are fitted to the model (`fitting`).
+
 Left out of the published method: the starting node and the stencil's points are not searched (they are data
 of a `Schedule` and can be given by hand); the network's skip connections are not scaled.
 
@@ -14,9 +17,10 @@ References:
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from ..errors import OptionError
 from ..eval.sampler import Sampler
 from ..search import Evolution
 from .family import family_of, solver_of
+from .fitting import FittingScheduler, RecordingScheduler
 from .grids import grid
 from .presets import solver_schedule
 from .schedule import Schedule
@@ -33,11 +38,13 @@ from .space import ScheduleSpace
 
 __all__ = ["Search", "TeacherDistance", "fine_schedule"]
 
-Share = Callable[[list[Schedule], Callable[[Schedule], float]], list[float]]
-"""What scores candidates, in one process or in several."""
+Share = Callable[[list[Schedule], Callable[[Schedule], Any]], list[Any]]
+"""What applies a function to candidates, in one process or in several."""
 
-TOP = 10
-"""The candidates that are scored again."""
+TOP = 6
+"""The candidates of either part that are scored again."""
+WIDTH = 0.25
+"""The first standard deviation of CMA-ES, of the nodes' half log-SNR."""
 CLASSIC = ("dpm++2m", "unipc2", "deis2", "theta2")
 """The known solvers that a report compares with, each on its best grid."""
 
@@ -56,30 +63,45 @@ class TeacherDistance:
         conditions: Prompts or labels; nothing for an unconditional pipeline.
         guidance: The guidance scale; None for the pipeline's own.
         seed: The seed of the first image's noise.
-        count: The number of images.
-        batch: Images a call.
+        count: The number of images; all go through the network at once.
         steps: The steps of the fine solution.
     """
 
     def __init__(self, pipe: Any, conditions: Sequence[str], guidance: float | None, seed: int, count: int,
-                 batch: int = 32, steps: int = 200) -> None:  # fmt: skip
-        self.pipe, self.batch = pipe, batch
+                 steps: int = 100) -> None:  # fmt: skip
+        self.pipe, self.count = pipe, count
         self.sampler = Sampler(pipe, conditions[:count], steps, guidance, seed, count)
-        self.fine = self.images(fine_schedule(pipe, steps))
+        solver = self._solver(fine_schedule(pipe, steps), RecordingScheduler)
+        self.fine = self._images(solver, steps)
+        self.trajectory = solver.trajectory
 
-    def images(self, schedule: Schedule) -> Tensor:
-        """Returns the images of a schedule, with shape (N, 3, H, W)."""
+    def _solver(self, schedule: Schedule, cls: Any) -> Any:
+        return solver_of(self.pipe.scheduler, cls, schedules=[schedule.to_dict()])
+
+    def _images(self, solver: Any, evaluations: int) -> Tensor:
+        """Returns the images of a solver, with shape (N, 3, H, W)."""
         before = self.pipe.scheduler
-        self.pipe.scheduler = solver_of(before, schedules=[schedule.to_dict()])
+        self.pipe.scheduler = solver
         try:
-            return self.sampler(schedule.evaluations, self.batch)
+            return self.sampler(evaluations, self.count)
         finally:
             self.pipe.scheduler = before
 
+    def _distance(self, images: Tensor) -> float:
+        distance = float((images - self.fine).double().square().mean().sqrt())
+        return distance if math.isfinite(distance) else math.inf
+
     def __call__(self, schedule: Schedule) -> float:
         """Returns the distance of a schedule's images; infinite if they are not finite."""
-        distance = float((self.images(schedule) - self.fine).double().square().mean().sqrt())
-        return distance if distance == distance else float("inf")
+        solver = solver_of(self.pipe.scheduler, schedules=[schedule.to_dict()])
+        return self._distance(self._images(solver, schedule.evaluations))
+
+    def fit(self, schedule: Schedule) -> tuple[float, Schedule]:
+        """Fits the steps of a schedule to the fine solution; returns the distance then, and the schedule."""
+        solver = self._solver(schedule, FittingScheduler)
+        solver.teacher = self.trajectory
+        distance = self._distance(self._images(solver, schedule.evaluations))
+        return distance, (solver.fitted if math.isfinite(distance) else schedule)
 
 
 @dataclass
@@ -94,9 +116,11 @@ class Search:
         images: Images of the objective; a second and a third set of others have twice as many.
         budget: Candidates to score.
         seed: Decides everything.
-        batch: Candidates between two trainings of the ranking.
+        batch: Candidates between two trainings of the ranking, and in a generation of CMA-ES.
+        fitting: The part of the budget for moved nodes and fitted steps.
         file: Where the state is kept; None keeps none.
         writes: Whether this process keeps it; of several, one does.
+        objectives: Objectives that a search with other evaluations but the same images has made, by number.
     """
 
     pipe: Any
@@ -107,30 +131,35 @@ class Search:
     budget: int = 300
     seed: int = 0
     batch: int = 8
+    fitting: float = 0.6
     file: Path | None = None
     writes: bool = True
+    objectives: dict[int, TeacherDistance] = field(default_factory=dict, repr=False)
+    polished: list[tuple[float, Schedule]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Makes the space and the engine.
 
         Raises:
-            OptionError: If a number makes no sense.
+            OptionError: If a number makes no sense, or the library of CMA-ES is missing.
         """
-        if self.images < 1 or self.budget < 1 or self.batch < 1:
-            raise OptionError("a search needs at least 1 image, 1 candidate and a batch of 1")
-        path = solver_of(self.pipe.scheduler).path
-        self.space = ScheduleSpace(path, self.evaluations)
+        if self.images < 1 or self.budget < 1 or self.batch < 1 or not 0 <= self.fitting <= 1:
+            raise OptionError("a search needs at least 1 image, 1 candidate, a batch of 1, and a part to fit")
+        if self.fitting:
+            _cma()
+        self.space = ScheduleSpace(solver_of(self.pipe.scheduler).path, self.evaluations)
         self.evolution: Evolution[Schedule] = Evolution(self.space, self.seed)
 
-    def _distance(self, part: int) -> TeacherDistance:
+    def _objective(self, part: int) -> TeacherDistance:
         """Returns the objective on the first, second or third set of conditions and noise."""
         sizes = (self.images, 2 * self.images, 2 * self.images)
         start, count = sum(sizes[:part]), sizes[part]
-        conditions = self.conditions and [
-            self.conditions[(start + n) % len(self.conditions)] for n in range(count)
-        ]
+        numbers = range(start, start + count)
+        conditions = self.conditions and [self.conditions[n % len(self.conditions)] for n in numbers]
         seed = self.seed * 1_000_003 + 7_000_000 + start
-        return TeacherDistance(self.pipe, conditions, self.guidance, seed, count)
+        if part not in self.objectives:
+            self.objectives[part] = TeacherDistance(self.pipe, conditions, self.guidance, seed, count)
+        return self.objectives[part]
 
     def run(
         self, advance: Callable[[int], None] = lambda count: None, share: Share | None = None
@@ -141,55 +170,100 @@ class Search:
             advance: Told the number of candidates that were scored.
             share: Scores candidates in several processes; by default this one scores them all.
         """
-        share = share or (lambda candidates, score: [score(candidate) for candidate in candidates])
+        share = share or (lambda candidates, function: [function(candidate) for candidate in candidates])
         self._load()
-        if len(self.evolution.scored) < self.budget:
-            objective = self._distance(0)
-        while len(self.evolution.scored) < self.budget:
-            candidates = self.evolution.ask(min(self.batch, self.budget - len(self.evolution.scored)))
+        advance(len(self.evolution.scored) + len(self.polished))
+        objective = self._objective(0)
+        decisions = self.budget - round(self.fitting * self.budget)
+        while len(self.evolution.scored) < decisions:
+            candidates = self.evolution.ask(min(self.batch, decisions - len(self.evolution.scored)))
             if not candidates:
                 break
             self.evolution.tell(candidates, share(candidates, objective))
             self._save()
             advance(len(candidates))
+        self._polish(objective, self.budget - decisions, share, advance)
         return self._winner(share)
 
-    def _winner(self, share: Any) -> Schedule:
-        best = self.evolution.best[:TOP]
-        again = share([entry.candidate for entry in best], self._distance(1))
-        scores = [entry.score + 2 * second for entry, second in zip(best, again, strict=True)]  # by images
-        place = min(range(len(best)), key=scores.__getitem__)
-        held_out = self._distance(2)
-        classics = self._classics()
+    def _polish(
+        self, objective: TeacherDistance, budget: int, share: Share, advance: Callable[[int], None]
+    ) -> None:
+        """Moves the nodes of the best schedules and fits their steps.
+
+        What a former run has scored is told to CMA-ES again, which makes the same candidates again.
+        """
+        starts = self._starts(min(TOP, budget))
+        results = self.polished[: len(starts)]
+        if starts and len(results) < len(starts):
+            results = share(starts, objective.fit)
+            self._keep(results, advance)
+        left = budget - len(starts)
+        if not results or left < self.batch:
+            return
+        best = min(results, key=lambda result: result[0])[1]
+        strategy = _cma().CMAEvolutionStrategy(
+            [0.0] * (len(best.sigmas) - 2), WIDTH,
+            {"seed": self.seed + 1, "popsize": self.batch, "verbose": -9},
+        )  # fmt: skip
+        done = len(starts)
+        for _ in range(left // self.batch):
+            moves = strategy.ask()
+            known = self.polished[done : done + len(moves)]
+            if len(known) < len(moves):
+                known = share([self.space.moved(best, move) for move in moves], objective.fit)
+                self._keep(known, advance)
+            strategy.tell(moves, [min(distance, 1e3) for distance, _ in known])
+            done += len(moves)
+
+    def _starts(self, count: int) -> list[Schedule]:
+        """Returns the best schedules with different nodes, and a plain solver on them."""
+        found: dict[tuple[float, ...], Schedule] = {}
+        for entry in self.evolution.best:
+            nodes = tuple(round(sigma, 3) for sigma in entry.candidate.sigmas)
+            if len(found) < count and entry.candidate.analytic_first == "none":
+                found.setdefault(nodes, solver_schedule("dpm++2m", entry.candidate.sigmas))
+        return list(found.values())
+
+    def _keep(self, results: list[tuple[float, Schedule]], advance: Callable[[int], None]) -> None:
+        self.polished += results
+        self._save()
+        advance(len(results))
+
+    def _winner(self, share: Share) -> Schedule:
+        scored = [(entry.score, entry.candidate) for entry in self.evolution.best[:TOP]]
+        scored += sorted(self.polished, key=lambda result: result[0])[:TOP]
+        again = share([schedule for _, schedule in scored], self._objective(1))
+        place = min(range(len(scored)), key=again.__getitem__)
+        held_out, classics = self._objective(2), self._classics()
         report = dict(zip(classics, share(list(classics.values()), held_out), strict=True))
-        winner = best[place].candidate
-        final = share([winner], held_out)[0]
+        distance, winner = scored[place]
         facts = {
             "family": family_of(self.pipe), "guidance": self.guidance, "images": self.images,
-            "seed": self.seed, "candidates": len(self.evolution.scored), "distance": best[place].score,
-            "again": again[place], "held_out": final, "held_out_of_known_solvers": report,
+            "seed": self.seed, "candidates": len(self.evolution.scored) + len(self.polished),
+            "distance": distance, "again": again[place], "held_out": share([winner], held_out)[0],
+            "held_out_of_known_solvers": report,
         }  # fmt: skip
         return replace(winner, facts=facts)
 
     def _classics(self) -> dict[str, Schedule]:
         """Returns the known solvers on the grid that was best in the search."""
         scored = {entry.candidate: entry.score for entry in self.evolution.scored}
-        return {name: min(self.space.known(name), key=lambda schedule: scored.get(schedule, float("inf")))
+        return {name: min(self.space.known(name), key=lambda schedule: scored.get(schedule, math.inf))
                 for name in CLASSIC}  # fmt: skip
 
     def _facts(self) -> dict[str, Any]:
-        return {"evaluations": self.evaluations, "guidance": self.guidance, "images": self.images,
-                "seed": self.seed, "family": family_of(self.pipe),
-                "conditions": list(self.conditions)}  # fmt: skip
+        names = ("evaluations", "guidance", "images", "seed", "budget", "batch", "fitting")
+        chosen = {name: getattr(self, name) for name in names}
+        return {**chosen, "family": family_of(self.pipe), "conditions": list(self.conditions)}
 
     def _save(self) -> None:
         if self.file is None or not self.writes:
             return
+        polished = [[distance, schedule.to_dict()] for distance, schedule in self.polished]
+        state = {"facts": self._facts(), **self.evolution.state_dict(), "polished": polished}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        temporary.write_text(
-            json.dumps({"facts": self._facts(), **self.evolution.state_dict()}), encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(state), encoding="utf-8")
         os.replace(temporary, self.file)
 
     def _load(self) -> None:
@@ -202,7 +276,7 @@ class Search:
             return
         try:
             state = json.loads(self.file.read_text(encoding="utf-8"))
-            facts = state.pop("facts")
+            facts, polished = state.pop("facts"), state.pop("polished")
         except (OSError, ValueError, KeyError) as error:
             raise OptionError(
                 f"cannot read the search {str(self.file)!r}: {error}; remove it to begin anew"
@@ -214,3 +288,12 @@ class Search:
                 f"now {ours[different[0]]!r}"
             )
         self.evolution.load_state_dict(state)
+        self.polished = [(distance, Schedule.from_dict(data)) for distance, data in polished]
+
+
+def _cma() -> Any:
+    try:
+        import cma
+    except ImportError:
+        raise OptionError("the search needs the package cma: pip install diffaccel[search]") from None
+    return cma

@@ -20,6 +20,8 @@ PREDICTIONS = ("sample", "epsilon", "theta")
 SCALINGS = ("none", "bh1", "bh2")
 ANALYTIC = ("none", "noise", "mean")
 MAX_ORDER = 4
+KEPT = 5
+"""The nodes that are remembered."""
 
 
 class ScheduleError(DiffaccelError, ValueError):
@@ -37,10 +39,13 @@ class Step:
             midpoint rule of DPM-Solver.
         relaxation: Without a scaling, the factor 1 + relaxation h.
         damping: The factor of the second derivative; 0.5 is what DPM-Solver's code does at order 3.
-        estimate: The nodes that estimate the first derivative; 0 for one less than the order.
+        estimate: The nodes beside the start that estimate the first derivative; 0 for one less than the
+            order.
         points: The nodes of the stencil, counted back from the newest, which is 0; None for the newest ones.
         start: The node that the step starts from, counted likewise.
         corrector: Whether the next evaluation corrects the step, at no cost.
+        corrections: What is added to the step's x / alpha: factors of x0 and eps of the newest nodes, in
+            turn, as `fitting` finds them for a model.
     """
 
     order: int = 1
@@ -52,6 +57,7 @@ class Step:
     points: tuple[int, ...] | None = None
     start: int = 0
     corrector: bool = False
+    corrections: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks the decisions.
@@ -65,7 +71,7 @@ class Step:
             )
         if self.scaling not in SCALINGS:
             raise ScheduleError(f"no scaling {self.scaling!r}; {closest(str(self.scaling), SCALINGS)}")
-        for name, low, high in (("order", 1, MAX_ORDER), ("estimate", 0, MAX_ORDER), ("start", 0, MAX_ORDER)):
+        for name, low, high in (("order", 1, MAX_ORDER), ("estimate", 0, MAX_ORDER), ("start", 0, KEPT)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ScheduleError(f"{name} is {value!r}; expected {low} to {high}")
@@ -73,12 +79,21 @@ class Step:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ScheduleError(f"{name} is {value!r}; expected a finite number")
+        self._check_corrections()
+        if type(self.corrector) is not bool:
+            raise ScheduleError(f"corrector is {self.corrector!r}; expected true or false")
         if self.points is not None:
-            object.__setattr__(self, "points", tuple(self.points))
-            if any(type(j) is not int or j < 0 for j in self.points) or len(set(self.points)) < len(
-                self.points
-            ):
-                raise ScheduleError(f"points are {self.points!r}; expected different numbers of nodes")
+            points = tuple(self.points)
+            object.__setattr__(self, "points", points)
+            whole = all(type(j) is int and j >= 0 for j in points)
+            if not whole or len(set(points)) < len(points):
+                raise ScheduleError(f"points are {points!r}; expected different numbers of nodes")
+
+    def _check_corrections(self) -> None:
+        object.__setattr__(self, "corrections", tuple(self.corrections))
+        good = all(isinstance(value, float) and math.isfinite(value) for value in self.corrections)
+        if not good or len(self.corrections) % 2:
+            raise ScheduleError(f"corrections are {self.corrections!r}; expected pairs of finite numbers")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the decisions that differ from the defaults."""
@@ -114,7 +129,10 @@ class Schedule:
         Raises:
             ScheduleError: Naming what no solver could follow.
         """
-        object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
+        try:
+            object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
+        except (TypeError, ValueError):
+            raise ScheduleError(f"sigmas are {self.sigmas!r}; expected numbers") from None
         object.__setattr__(self, "steps", tuple(self.steps))
         if len(self.sigmas) != len(self.steps) + 1 or not self.steps:
             raise ScheduleError(
@@ -133,6 +151,8 @@ class Schedule:
             raise ScheduleError("an analytic first step needs a second one")
         if not self.std > 0 or not math.isfinite(self.std):
             raise ScheduleError(f"std is {self.std}; expected a positive number")
+        if type(self.unit_scale) is not bool or not isinstance(self.facts, dict):
+            raise ScheduleError("unit_scale must be true or false, and facts a mapping")
         for number, step in enumerate(self.steps):
             self._check_step(number, step)
 
@@ -141,8 +161,18 @@ class Schedule:
             raise ScheduleError(
                 f"step {number} has order {step.order}, and only {number + 1} nodes are known"
             )
-        if step.start > number or max(step.points or (0,)) > number:
+        if max(step.start, step.estimate, *(step.points or (0,))) > number:
             raise ScheduleError(f"step {number} uses nodes that are not known; there are {number + 1}")
+        if max(step.start, *(step.points or (0,))) >= KEPT:
+            raise ScheduleError(f"step {number} uses nodes that are forgotten; the last {KEPT} are known")
+        if step.points is not None and len({*step.points} - {step.start}) < max(
+            step.order - 1, step.estimate
+        ):
+            raise ScheduleError(
+                f"step {number} has order {step.order}, for which the points {step.points} are too few"
+            )
+        if len(step.corrections) > 2 * min(number + 1, KEPT):
+            raise ScheduleError(f"step {number} has corrections of nodes that are not known")
         if self.sigmas[number + 1] == 0 and step.order > 1 and step.prediction != "theta":
             raise ScheduleError(
                 f"step {number} ends at 0, where {step.prediction!r} has order 1, not {step.order}"

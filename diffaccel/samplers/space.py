@@ -7,6 +7,7 @@ References:
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,6 +111,17 @@ class ScheduleSpace(Space[Schedule]):
                 logs = [share * x + (1 - share) * y for x, y in zip(logs, self._logs(b), strict=True)]
         return self._legal(logs, steps, a.analytic_first, rng.choice((a.std, b.std)))
 
+    def moved(self, schedule: Schedule, moves: Sequence[float]) -> Schedule:
+        """Returns a schedule whose nodes but the first and the last are moved.
+
+        Arguments:
+            schedule: The schedule.
+            moves: What is added to the logarithms of the ratios.
+        """
+        first, *logs = self._logs(schedule)
+        moved = [first, *(log + float(move) for log, move in zip(logs, moves, strict=True))]
+        return self._legal(moved, list(schedule.steps), schedule.analytic_first, schedule.std)
+
     def _logs(self, schedule: Schedule) -> list[float]:
         """Returns the logarithms of the nodes' ratios but for the last."""
         return [math.log(min(sigma, self.noisiest)) for sigma in schedule.sigmas[:-1]]
@@ -146,8 +158,11 @@ class ScheduleSpace(Space[Schedule]):
             if prediction == "epsilon" and order == 1:
                 prediction = "sample"
             estimate = min(step.estimate, max(order - 1, 0))
-            repaired.append(replace(step, order=order, prediction=prediction, corrector=step.corrector and not
-                                    last, estimate=estimate, points=None, start=0))  # fmt: skip
+            corrector = step.corrector and not last
+            repaired.append(
+                replace(step, order=order, prediction=prediction, corrector=corrector, estimate=estimate,
+                        points=None, start=0, corrections=())
+            )  # fmt: skip
         sigmas = (*(math.exp(log) for log in ordered), 0.0)
         return Schedule(sigmas, tuple(repaired), analytic, std)
 

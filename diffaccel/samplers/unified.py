@@ -5,7 +5,8 @@ References:
     | https://arxiv.org/abs/2312.07243
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +21,13 @@ from ..errors import OptionError
 from ..noise import NoiseLevel, prediction_coefficients
 from .exponential import Combination, Level, combine
 from .grids import GRIDS, grid
-from .paths import LARGEST, TrainingPath, betas_of
+from .paths import LARGEST, TrainingPath, betas_of, flow_settings
 from .presets import SOLVERS, solver_schedule
-from .schedule import Schedule, ScheduleError, Step
+from .schedule import KEPT, Schedule, ScheduleError, Step
 
 __all__ = ["UnifiedSolverScheduler"]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
-KEPT = 4
-"""The nodes that are remembered: a step of order 4 needs so many."""
 
 
 @dataclass
@@ -63,14 +62,18 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: What the network predicts: "epsilon", "sample", "v_prediction" or "flow_prediction",
             of which the last stands for the straight path.
         rescale_betas_zero_snr: Whether the noisiest level is pure noise.
+        clip_sample: Whether x0 is clipped, as DDIM does for models of pixels; eps is that of the clipped x0.
+        clip_sample_range: The largest x0 then.
         use_flow_sigmas: Whether the path is straight though the prediction type is another.
         shift: The shift k of the noise levels of flow matching, t' = k t / (1 + (k - 1) t), of grids.
         flow_shift: Another name of ``shift``, as in the configurations of DPM-Solver.
         use_dynamic_shifting: Whether the shift is exp(mu), given to ``set_timesteps``.
+        time_shift_type: "exponential"; "linear" if the dynamic shift is mu itself.
         solver: One of ``presets.SOLVERS``.
         grid: One of ``grids.GRIDS``.
         zeta: The noise scale: 0 is the ODE, 1 the reverse SDE; above 0 all steps must predict "sample".
-        schedules: Schedules (`Schedule.to_dict`) for several numbers of evaluations.
+        schedules: Schedules (`Schedule.to_dict`) for several numbers of evaluations; whatever levels a
+            pipeline brings then only tell the number.
     """
 
     order = 1
@@ -87,10 +90,13 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: Any = None,
         prediction_type: str = "epsilon",
         rescale_betas_zero_snr: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
         use_flow_sigmas: bool = False,
         shift: float = 1.0,
         flow_shift: float = 1.0,
         use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
         solver: str = "dpm++2m",
         grid: str = "trailing",
         zeta: float = 0.0,
@@ -101,8 +107,10 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         if solver not in SOLVERS or grid not in GRIDS:
             solver_schedule(solver, (1.0, 0.0))
             raise OptionError(f"no grid {grid!r}; known: {', '.join(GRIDS)}")
-        if not zeta >= 0:
+        if not 0 <= zeta < math.inf:
             raise OptionError(f"zeta is {zeta}; expected 0 or more")
+        if zeta and not schedules and SOLVERS[solver].prediction != "sample" and SOLVERS[solver].order > 1:
+            raise OptionError(f"noise (zeta above 0) needs a solver of 'sample'; {solver!r} is none")
         flow = use_flow_sigmas or prediction_type == "flow_prediction"
         table = None
         if not flow:
@@ -125,10 +133,15 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Makes the scheduler from another one's configuration, flow matching included."""
-        maker = str(dict(config or {}).get("_class_name", ""))
-        if maker.startswith(("FlowMatch", "FlowMap")):
-            kwargs.setdefault("prediction_type", "flow_prediction")
+        """Makes the scheduler from another one's configuration, flow matching included.
+
+        Raises:
+            UnsupportedScheduler: If the configuration is for another path.
+        """
+        if isinstance(config, Mapping):
+            kwargs = {**flow_settings(config), **kwargs}
+            # the defaults of the other class may be other than ours
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
@@ -160,7 +173,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             device: Where the timesteps are to be.
             timesteps: Training times of the evaluations, falling, whole or not.
             sigmas: Noise levels of the evaluations: sigma / alpha, or for flow matching the noise's share;
-                a last 0 may be given.
+                a last 0 may be given. The equal steps that pipelines of flow matching pass by themselves are
+                no more than their number.
             mu: The logarithm of the shift, with ``use_dynamic_shifting``.
 
         Raises:
@@ -171,19 +185,25 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             raise OptionError("give num_inference_steps, timesteps or sigmas")
         if timesteps is not None and sigmas is not None:
             raise OptionError("give timesteps or sigmas, not both")
+        if sigmas is not None and self.path.is_flow and _are_equal_steps(sigmas):
+            num_inference_steps, sigmas = len(sigmas), None
         self.schedule = self._choose(num_inference_steps, timesteps, sigmas, mu)
+        self._check(self.schedule)
         self.levels = [self.path.level(sigma) for sigma in self.schedule.sigmas]
         skipped = int(self.schedule.analytic_first != "none")
         evaluated = self.schedule.sigmas[skipped:-1]
         times = [self.path.time(sigma) for sigma in evaluated]
         self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor([*evaluated, self.schedule.sigmas[-1]], dtype=torch.float32)
+        shown = [level.sigma if self.path.is_flow else level.ratio for level in self.levels[skipped:]]
+        self.sigmas = torch.tensor(shown, dtype=torch.float32)
         self.num_inference_steps = len(times)
         self._begin_index = None
         self._reset()
 
     def _choose(self, count: int | None, timesteps: Any, sigmas: Any, mu: float | None) -> Schedule:
         solver, grid_name = self.config.solver, self.config.grid
+        if self.known:  # Flux and others always bring levels of their own
+            return self._found(len(timesteps if sigmas is None else sigmas) if count is None else count)
         if timesteps is not None:
             return self._on([self.path.ratio(float(time)) for time in timesteps])
         if sigmas is not None:
@@ -191,16 +211,16 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             return self._on([self._shifted(s / (1 - s) if s < 1 else LARGEST, mu) for s in values]
                             if self.path.is_flow else values)  # fmt: skip
         assert count is not None
-        if self.known:
-            found = {schedule.evaluations: schedule for schedule in self.known}
-            if count not in found:
-                counts = ", ".join(str(number) for number in sorted(found))
-                raise ScheduleError(f"no schedule for {count} evaluations; there are some for {counts}")
-            return found[count]
         nodes = grid(grid_name, count, self.path)
-        schedule = solver_schedule(solver, tuple(self._shifted(sigma, mu) for sigma in nodes))
-        self._check(schedule)
-        return schedule
+        return solver_schedule(solver, tuple(self._shifted(sigma, mu) for sigma in nodes))
+
+    def _found(self, count: int) -> Schedule:
+        """Returns the schedule for a number of evaluations."""
+        found = {schedule.evaluations: schedule for schedule in self.known}
+        if count not in found:
+            counts = ", ".join(str(number) for number in sorted(found))
+            raise ScheduleError(f"no schedule for {count} evaluations; there are some for {counts}")
+        return found[count]
 
     def _on(self, ratios: list[float]) -> Schedule:
         if not ratios or ratios[-1] != 0:
@@ -214,7 +234,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         if self.config.use_dynamic_shifting:
             if mu is None:
                 raise OptionError("use_dynamic_shifting needs mu in set_timesteps")
-            return ratio * float(torch.tensor(mu, dtype=torch.float64).exp())
+            return ratio * (mu if self.config.time_shift_type == "linear" else math.exp(mu))
         return ratio * (self.config.shift if self.config.shift != 1 else self.config.flow_shift)
 
     def _check(self, schedule: Schedule) -> None:
@@ -224,8 +244,16 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
                 f"a schedule from sigma / alpha = {schedule.sigmas[0]:.4g} on; this model knows up to "
                 f"{self.path.largest:.4g}: it is one of another family of models"
             )
+        path = dict(schedule.facts.get("family") or {}).get("path", self.path.name)
+        if path != self.path.name:
+            raise ScheduleError(
+                f"a schedule for the path {path}; this model's is {self.path.name}: "
+                "it is one of another family of models"
+            )
         if self.config.zeta and any(step.prediction != "sample" for step in schedule.steps):
             raise ScheduleError("noise (zeta above 0) needs the prediction 'sample' in all steps")
+        if self.config.zeta and schedule.analytic_first != "none":
+            raise ScheduleError("noise (zeta above 0) needs an evaluation at the first step")
         first = schedule.steps[0]
         if schedule.sigmas[0] > 1e3 and first.prediction == "epsilon":
             raise ScheduleError("the first step leaves pure noise, which 'epsilon' cannot; use 'sample'")
@@ -233,7 +261,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
     def _reset(self) -> None:
         self._step_index: int | None = None
         self._nodes: list[Node] = []
-        self._pending: tuple[Step, list[Node], int] | None = None
+        self._pending: tuple[Step, list[Node], int, Tensor | None] | None = None
         self._advanced = False
 
     def _index_of(self, timestep: Any) -> int:
@@ -284,6 +312,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -293,6 +323,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             model_output: The network's prediction, guided, with shape (B, *).
             timestep: The timestep that it was made for.
             sample: The sample, with shape (B, *).
+            eta: The noise of DDIM, which pipelines pass on; must be 0, ``zeta`` is the noise of this solver.
+            use_clipped_model_output: Another argument of DDIM; must be off.
             generator: The source of noise, where ``zeta`` is above 0.
             return_dict: Whether to return a `SchedulerOutput` instead of a tuple.
 
@@ -302,6 +334,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.schedule is None or self.num_inference_steps is None:
             raise OptionError("call set_timesteps first")
+        if eta or use_clipped_model_output:
+            raise OptionError("eta and use_clipped_model_output are DDIM's; the noise of this solver is zeta")
         x = _wide(sample)
         if self._step_index is None:
             x = self._begin(timestep, x)
@@ -310,7 +344,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         level = self.levels[place]
         x0, eps = self._convert(_wide(model_output), x, level)
         x = self._correct(level, x0, eps, x)
-        self._nodes = [Node(level, x0, eps, x), *self._nodes][: KEPT + 1]
+        self._nodes = [Node(level, x0, eps, x), *self._nodes][:KEPT]
         result = self._predict(place, generator, sample)
         self._step_index += 1
         prev_sample = result.to(sample.dtype)
@@ -335,19 +369,21 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         p, q = prediction_coefficients(self.config.prediction_type, level.alpha, level.sigma)
         known = NoiseLevel(level.alpha, level.sigma, p, q)
         x0 = known.x0(output, x)
+        if self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x0, (x - level.alpha * x0) / level.sigma
 
     def _correct(self, level: Level, x0: Tensor, eps: Tensor, x: Tensor) -> Tensor:
         """Returns the sample as the new evaluation corrects it; the evaluation itself is kept."""
         if self._pending is None:
             return x
-        (step, nodes, order), self._pending = self._pending, None
+        (step, nodes, order, noise), self._pending = self._pending, None
         points = None if step.points is None else (0, *(j + 1 for j in step.points))
         shifted = replace(step, start=step.start + 1, points=points, estimate=0)
         known = [Node(level, x0, eps, x), *nodes]
-        rule = combine(shifted, [node.level for node in known], level, order + 1, std=self._std,
+        rule = combine(shifted, [node.level for node in known], level, order + 1, self.config.zeta, self._std,
                        scaled=order == 1)  # fmt: skip
-        return _apply(rule, known, known[shifted.start].sample)
+        return _apply(rule, known, known[shifted.start].sample, noise)
 
     @property
     def _std(self) -> float:
@@ -361,29 +397,39 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         step = replace(step, start=min(step.start, len(nodes) - 1))
         rule = combine(step, [node.level for node in nodes], self.levels[place + 1], order, self.config.zeta,
                        self._std)  # fmt: skip
+        noise = None
+        if rule.noise:
+            wide = nodes[0].sample.dtype
+            noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=wide)
         if step.corrector:
-            self._pending = step, nodes, order
-        result = _apply(rule, nodes, nodes[step.start].sample)
+            self._pending = step, nodes, order, noise
+        result = _apply(rule, nodes, nodes[step.start].sample, noise)
         if self.schedule.unit_scale and place == len(self.schedule.steps) - 1:
             result = result / self.levels[-1].alpha
-        if rule.noise:
-            noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=result.dtype)
-            result = result + rule.noise * noise
         return result
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Returns noisy samples alpha x0 + sigma eps at some timesteps.
+
+        Before a run with an analytic first step, its first timestep stands for the node that the run starts
+        from.
 
         Arguments:
             original_samples: Clean samples (B, *).
             noise: Noise (B, *).
             timesteps: Training times (B).
         """
-        levels = [self.path.level(self.path.ratio(float(time))) for time in timesteps.flatten().tolist()]
+        levels = [self._level_of(float(time)) for time in timesteps.flatten().tolist()]
         shape = (-1, *([1] * (original_samples.ndim - 1)))
         alpha = original_samples.new_tensor([level.alpha for level in levels]).reshape(shape)
         sigma = original_samples.new_tensor([level.sigma for level in levels]).reshape(shape)
         return alpha * original_samples + sigma * noise
+
+    def _level_of(self, time: float) -> Level:
+        if self._step_index is None and self.schedule and self.schedule.analytic_first != "none":
+            if time == float(self.timesteps[0]):
+                return self.levels[0]
+        return self.path.level(self.path.ratio(time))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """Returns noisy samples, as the pipelines of flow matching ask for them."""
@@ -398,12 +444,18 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _apply(rule: Combination, nodes: Sequence[Node], start: Tensor) -> Tensor:
-    """Returns the combination of the nodes' tensors."""
+def _are_equal_steps(sigmas: Sequence[float]) -> bool:
+    """Returns whether the levels are 1, 1 - 1 / N, .., 1 / N."""
+    count = len(sigmas)
+    return all(abs(float(sigma) - (1 - n / count)) < 1e-6 for n, sigma in enumerate(sigmas))
+
+
+def _apply(rule: Combination, nodes: Sequence[Node], start: Tensor, noise: Tensor | None) -> Tensor:
+    """Returns the combination of the nodes' tensors and fresh noise."""
     result = rule.sample * start
     for factor_x0, factor_eps, node in zip(rule.x0, rule.eps, nodes, strict=True):
         if factor_x0:
             result = result + factor_x0 * node.x0
         if factor_eps:
             result = result + factor_eps * node.eps
-    return result
+    return result if noise is None else result + rule.noise * noise
