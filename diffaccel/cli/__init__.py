@@ -20,11 +20,14 @@ app = typer.Typer(
 )  # fmt: skip
 
 Model = Annotated[str, typer.Argument(help="A name of the zoo, a local pipeline folder, or a hub id.")]
-AccelHelp = "name, name:preset, name(option=value, ...), a+b, or JSON; see `diffaccel list`."
+AccelHelp = "name, name:preset, name(option=value, ...), a+b, or JSON; with other steps: s3@5."
 Steps = Annotated[int, typer.Option(min=1, help="Number of inference steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all noise.")]
-Scheduler = Annotated[str | None, typer.Option(help="ddim, dpm++, unipc, euler, heun, ..., or a class name.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="ddim, dpm++, unipc, ..., a class name, or either with (option=value, ...)."),
+]
 Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
@@ -98,9 +101,10 @@ def demo(
     """Runs a small benchmark on a model of the zoo, in about two minutes on two cores."""
     from .bench import Settings
 
-    accel = ("sada", "sada:fast", "reuse")
+    accel = ("sada", "sada:fast", "reuse", "s3@5")
     n, rounds = (12, 3) if fast else (64, 5)
-    _bench(Settings("tiny-fashion-sd", accel, guidance=5.0, n=n, scheduler="dpm++", rounds=rounds), out)
+    scheduler = "dpm++(timestep_spacing=trailing)"
+    _bench(Settings("tiny-fashion-sd", accel, guidance=2.5, n=n, scheduler=scheduler, rounds=rounds), out)
 
 
 def _bench(settings: "Settings", out: Path) -> None:

@@ -26,7 +26,7 @@ from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
 from .figures import draw_grid
 from .generate import load
-from .reading import check_options, read_accel, read_prompts
+from .reading import check_options, read_accel, read_prompts, read_steps
 from .report import page
 from .tables import bench_lines, markdown
 from .writing import check_output, progress_bar, write_files
@@ -111,10 +111,11 @@ class Bench:
     def __init__(self, settings: Settings, pipe: Any, sampler: Sampler) -> None:
         self.settings, self.pipe, self.sampler = settings, pipe, sampler
         self.device = device_of(pipe)
-        self.specs = {name: read_accel(name) for name in settings.accel}
+        stacks = {name: read_steps(name, settings.steps) for name in settings.accel}
+        self.specs = {name: read_accel(stack) for name, (stack, _) in stacks.items()}
         self.images: dict[int, Tensor] = {}
         self.rows = [Row("plain", settings.steps, "reference")]
-        self.rows += [Row(name, settings.steps, "accelerated") for name in self.specs]
+        self.rows += [Row(name, steps, "accelerated") for name, (_, steps) in stacks.items()]
 
     def run(self, row: Row, plainly: Any = None) -> Tensor:
         """Makes the images of a row.
@@ -199,13 +200,13 @@ def bench(settings: Settings, out: Path) -> dict[str, Any]:
     """
     check_options(settings.device, settings.dtype, settings.guidance, settings.scheduler)
     for name in settings.accel:
-        resolve(read_accel(name))
+        resolve(read_accel(read_steps(name, 1)[0]))
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
     with quiet([]):
         pipe = load(settings.model, settings.scheduler, settings.device, settings.dtype)
         for name in settings.accel:
-            accelerate(accelerate(pipe, read_accel(name)), None)
+            accelerate(accelerate(pipe, read_accel(read_steps(name, 1)[0])), None)
         if prompts is None:
             prompts = default_conditions(settings.model, pipe, settings.n)
         sampler = Sampler(pipe, prompts, settings.steps, settings.guidance, settings.seed, settings.n)

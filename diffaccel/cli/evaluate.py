@@ -26,7 +26,7 @@ from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
 from .figures import draw_grid
 from .generate import load
-from .reading import check_options, read_accel, read_prompts
+from .reading import check_options, read_accel, read_prompts, read_steps
 from .report import page
 from .tables import eval_lines, markdown
 from .writing import check_output, progress_bar, write_files
@@ -57,7 +57,8 @@ class Settings:
     @property
     def methods(self) -> list[Method]:
         """The plain pipeline first, then the accelerated ones, and the plain one with other steps."""
-        accelerated = [Method(name, self.steps, read_accel(name)) for name in dict.fromkeys(self.accel)]
+        stacks = {name: read_steps(name, self.steps) for name in self.accel}
+        accelerated = [Method(name, steps, read_accel(stack)) for name, (stack, steps) in stacks.items()]
         others = [Method("plain", steps) for steps in dict.fromkeys(self.plain_steps) if steps != self.steps]
         return [Method("plain", self.steps), *accelerated, *others]
 
@@ -84,7 +85,7 @@ def evaluate(
     check_options(settings.device, settings.dtype, settings.guidance, settings.scheduler)
     names = check_metrics(settings.metrics or protocol(settings.protocol).metrics)
     for name in settings.accel:
-        resolve(read_accel(name))
+        resolve(read_accel(read_steps(name, 1)[0]))
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
     rank, world, wait = processes(settings.device)
@@ -126,7 +127,7 @@ def _work(settings: Settings, prompts: list[str] | None, device: str, images: Pa
         )
     pipe = load(settings.model, settings.scheduler, device, settings.dtype)
     for name in settings.accel:
-        accelerate(accelerate(pipe, read_accel(name)), None)
+        accelerate(accelerate(pipe, read_accel(read_steps(name, 1)[0])), None)
     sampler = _sampler(settings, pipe, prompts)
     return Evaluation(pipe, sampler, settings.methods, Extractor(protocol(settings.protocol), device), images)
 

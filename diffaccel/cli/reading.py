@@ -14,7 +14,15 @@ import torch
 from ..errors import OptionError, closest
 from ..zoo.folders import quiet
 
-__all__ = ["DTYPES", "SCHEDULERS", "check_options", "read_accel", "read_prompts", "set_scheduler"]
+__all__ = [
+    "DTYPES",
+    "SCHEDULERS",
+    "check_options",
+    "read_accel",
+    "read_prompts",
+    "read_steps",
+    "set_scheduler",
+]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -52,11 +60,29 @@ def read_accel(text: str) -> Any:
     return [_read_one(part.strip()) for part in _PARTS.split(text)]
 
 
+def read_steps(text: str, steps: int) -> tuple[str, int]:
+    """Returns a stack and its inference steps: those after a last "@", as in ``s3@5``, or the default.
+
+    Arguments:
+        text: What stands after ``--accel``.
+        steps: The default.
+
+    Raises:
+        OptionError: If the steps are 0.
+    """
+    stack, at, number = text.rpartition("@")
+    if not at or not number.isdecimal():
+        return text, steps
+    if not int(number):
+        raise OptionError(f"--accel {text!r} asks for 0 steps")
+    return stack, int(number)
+
+
 def _read_one(text: str) -> Any:
     if "(" not in text:
         return text
     name, _, rest = text.partition("(")
-    form = OptionError(f"--accel {text!r} is not of the form name(option=value, ...)")
+    form = OptionError(f"{text!r} is not of the form name(option=value, ...)")
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
@@ -87,7 +113,16 @@ def check_options(device: str, dtype: str, guidance: float | None, scheduler: st
     if guidance is not None and not math.isfinite(guidance):
         raise OptionError(f"guidance {guidance} is not a finite number")
     if scheduler is not None:
-        _scheduler_class(scheduler)
+        _scheduler_class(_read_scheduler(scheduler)[0])
+
+
+def _read_scheduler(text: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name of a scheduler, and the options in its parentheses."""
+    found = _read_one(text)
+    if isinstance(found, str):
+        return found, {}
+    ((name, options),) = found.items()
+    return name, options
 
 
 def _scheduler_class(name: str) -> Any:
@@ -108,7 +143,12 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
     """
     if name is None:
         return
+    name, given = _read_scheduler(name)
     cls, config = _scheduler_class(name), pipe.scheduler.config
+    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    for key in given:
+        if key not in known:
+            raise OptionError(f"{cls.__name__} has no option {key!r}; {closest(key, known)}")
     flow = _is_flow_class(type(pipe.scheduler)) or config.get("prediction_type") == "flow_prediction"
     options: dict[str, Any] = {}
     if flow and not _is_flow_class(cls):
@@ -121,7 +161,7 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
         raise OptionError(f"{cls.__name__} is for models of flow matching, and this is none; try dpm++")
     try:
         with quiet([]):
-            pipe.scheduler = cls.from_config(config, **options)
+            pipe.scheduler = cls.from_config(config, **{**options, **given})
     except _BAD_CONFIG as error:
         raise OptionError(f"{cls.__name__} does not fit this model: {error}") from error
 
