@@ -219,6 +219,7 @@ class Evolution(Generic[G]):
             "scored": [[self.space.to_plain(entry.candidate), entry.score] for entry in self.scored],
             "waiting": [self.space.to_plain(candidate) for candidate in self._waiting],
             "rng": [version, list(internal), gauss],
+            "seed": self.ranking.seed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,5 +228,6 @@ class Evolution(Generic[G]):
         self._waiting = [self.space.from_plain(data) for data in state["waiting"]]
         version, internal, gauss = state["rng"]
         self.rng.setstate((version, tuple(internal), gauss))
+        self.ranking = Ranking(state.get("seed", self.ranking.seed))
         pairs = [(self.space.from_plain(data), score) for data, score in state["scored"]]
         self.tell([candidate for candidate, _ in pairs], [score for _, score in pairs])

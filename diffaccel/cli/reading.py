@@ -78,11 +78,11 @@ def read_steps(text: str, steps: int) -> tuple[str, int]:
     return stack, int(number)
 
 
-def _read_one(text: str) -> Any:
+def _read_one(text: str, what: str = "--accel") -> Any:
     if "(" not in text:
         return text
     name, _, rest = text.partition("(")
-    form = OptionError(f"{text!r} is not of the form name(option=value, ...)")
+    form = OptionError(f"{what} {text!r} is not of the form name(option=value, ...)")
     try:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
@@ -118,7 +118,7 @@ def check_options(device: str, dtype: str, guidance: float | None, scheduler: st
 
 def _read_scheduler(text: str) -> tuple[str, dict[str, Any]]:
     """Returns the name of a scheduler, and the options in its parentheses."""
-    found = _read_one(text)
+    found = _read_one(text, "--scheduler")
     if isinstance(found, str):
         return found, {}
     ((name, options),) = found.items()

@@ -94,6 +94,8 @@ class Step:
         good = all(isinstance(value, float) and math.isfinite(value) for value in self.corrections)
         if not good or len(self.corrections) % 2:
             raise ScheduleError(f"corrections are {self.corrections!r}; expected pairs of finite numbers")
+        if self.corrections and self.corrector:
+            raise ScheduleError("a step with corrections cannot have a corrector, which would undo them")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the decisions that differ from the defaults."""

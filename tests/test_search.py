@@ -1,0 +1,305 @@
+"""The search engine, the space of schedules, and the search of a model's schedules with its command."""
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from scipy.stats import spearmanr
+from tiny_pipelines import TINY, run
+from toy_mixture import START, drive, exact, rms, solver
+
+from diffaccel import cli
+from diffaccel.errors import DiffaccelError, OptionError, UnsupportedPipeline
+from diffaccel.samplers import Schedule, ScheduleError, UnifiedSolverScheduler, load_schedules
+from diffaccel.samplers.family import family_of
+from diffaccel.samplers.s3 import Search, TeacherDistance
+from diffaccel.samplers.space import ScheduleSpace
+from diffaccel.search import Evolution, Ranking, Space
+from diffaccel.toy import GaussianMixtureModel
+
+PATH = solver().path
+
+
+# ---------------------------------------------------------------- the space of schedules
+
+
+@pytest.mark.parametrize("kind", ["vp", "flow"])
+@pytest.mark.parametrize("count", [2, 6])
+def test_random_decisions(kind, count):
+    """250 children each: legal, finite, the same after JSON; parents stay as they are."""
+    prediction = "flow_prediction" if kind == "flow" else "epsilon"
+    path = solver(kind, prediction).path
+    space, rng = ScheduleSpace(path, count), random.Random(count)
+    pool = space.seeds()
+    assert all(parent.evaluations == count for parent in pool) and len(pool) >= 25
+    for _ in range(250):
+        parents = rng.sample(pool, 2)
+        before = [json.dumps(parent.to_dict()) for parent in parents]
+        child = space.mutate(space.cross(*parents, rng) if rng.random() < 0.5 else parents[0], rng)
+        assert [json.dumps(parent.to_dict()) for parent in parents] == before
+        assert child.evaluations == count and child.sigmas[0] <= path.largest and child.sigmas[-1] == 0
+        assert child.sigmas[-2] >= path.smallest * (1 - 1e-9)
+        again = space.from_plain(json.loads(json.dumps(space.to_plain(child))))
+        assert again == child and hash(again) == hash(child)
+        assert len(space.encode(child)) == len(space.encode(pool[0]))
+        assert np.isfinite(space.encode(child)).all()
+        result = drive(child, kind, prediction, start=child.sigmas[0] / 8 * START)
+        assert np.isfinite(result).all() and np.abs(result).max() < 1e4
+        pool[rng.randrange(len(pool))] = child
+
+
+def test_without_an_analytic_first_step():
+    space, rng = ScheduleSpace(PATH, 4, analytic=False), random.Random(0)
+    child = space.seeds()[0]
+    for _ in range(200):
+        child = space.mutate(child, rng)
+        assert child.analytic_first == "none" and len(child.steps) == 4
+    with pytest.raises(ScheduleError, match="4 evaluations, not 3"):
+        ScheduleSpace(PATH, 3).from_plain(child.to_dict())
+    with pytest.raises(OptionError, match="at least 2"):
+        ScheduleSpace(PATH, 1)
+
+
+@pytest.mark.slow
+def test_search_on_the_mixture():
+    """Six evaluations: 300 candidates reach an error of 0.0145, which no known solver does."""
+    high, ends = PATH.largest, []
+    y = np.random.default_rng(0).normal(0, math.sqrt(high**2 + 0.55), 256)
+    end = exact(y, high, 1e-5)
+    for seed in range(3):
+        evolution = Evolution(ScheduleSpace(PATH, 6), seed)
+        while len(evolution.scored) < 300:
+            candidates = evolution.ask(8)
+            evolution.tell(candidates, [rms(drive(candidate, start=y) - end) for candidate in candidates])
+        ends.append(evolution.best[0].score)
+        assert min(entry.score for entry in evolution.scored[:27]) > 0.0145
+    assert np.median(ends) <= 0.0145
+
+
+# ---------------------------------------------------------------- the engine
+
+
+class Numbers(Space):
+    """Ten numbers; the score is a sum of squares around a hidden place."""
+
+    place = [0.1 * n - 0.5 for n in range(10)]
+
+    def seeds(self):
+        return [[0.9] * 10, [-0.9] * 10, [0.9] * 10]
+
+    def mutate(self, candidate, rng):
+        return [x + rng.gauss(0, 0.2) * (rng.random() < 0.3) for x in candidate]
+
+    def cross(self, first, second, rng):
+        return [rng.choice(pair) for pair in zip(first, second, strict=True)]
+
+    def encode(self, candidate):
+        return candidate
+
+    def to_plain(self, candidate):
+        return list(candidate)
+
+    def from_plain(self, data):
+        return list(data)
+
+    def score(self, candidate):
+        return sum((x - y) ** 2 for x, y in zip(candidate, self.place, strict=True))
+
+
+def evolve(evolution, budget, batch=5, states=None):
+    while len(evolution.scored) < budget:
+        candidates = evolution.ask(min(batch, budget - len(evolution.scored)))
+        evolution.tell(candidates, [evolution.space.score(candidate) for candidate in candidates])
+        if states is not None:
+            states.append(json.dumps(evolution.state_dict()))
+    return evolution
+
+
+def test_an_interrupted_search_goes_on_to_the_same_result():
+    states = []
+    whole = evolve(Evolution(Numbers(), 3), 44, states=states)
+    assert [entry.candidate for entry in whole.scored[:2]] == Numbers().seeds()[:2], "the third is known"
+    for state in (states[0], states[5], states[9]):
+        resumed = Evolution(Numbers(), 99)
+        resumed.load_state_dict(json.loads(state))
+        resumed.ask(5)  # asked, and killed before the scores were told
+        resumed.load_state_dict(json.loads(state))
+        assert evolve(resumed, 44).state_dict() == whole.state_dict()
+    assert evolve(Evolution(Numbers(), 3), 44).state_dict() == whole.state_dict()
+    assert evolve(Evolution(Numbers(), 4), 44).state_dict() != whole.state_dict()
+
+
+def test_nothing_is_asked_for_twice_and_failures_are_the_worst():
+    evolution = Evolution(Numbers(), 0)
+    first = evolution.ask(8)
+    assert len(first) == 2
+    evolution.tell(first, [math.nan, 1.0])
+    assert evolution.best[0].score == 1.0 and evolution.best[1].score == math.inf
+    evolve(evolution, 40)
+    assert len({json.dumps(entry.candidate) for entry in evolution.scored}) == len(evolution.scored) == 40
+    state = json.loads(json.dumps(evolution.state_dict()))
+    Evolution(Numbers(), 0).load_state_dict(state)
+    for bad in ({"parents": 1}, {"children": 0}, {"crossing": 2.0}, {"blind": -1.0}):
+        with pytest.raises(OptionError):
+            Evolution(Numbers(), 0, **bad)
+
+
+def test_ranking_orders_what_it_has_not_seen():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (140, 10))
+    y = [Numbers().score(row) for row in x]
+    state = torch.random.get_rng_state()
+    ranking = Ranking(0)
+    assert ranking(x[:3].tolist()) == [0.0] * 3
+    ranking.fit(x[:100].tolist(), y[:100])
+    assert spearmanr(ranking(x[100:].tolist()), y[100:]).statistic > 0.6
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator is not used"
+    best = [
+        evolve(Evolution(Numbers(), seed, **options), 64).best[0].score
+        for options in ({}, {"blind": 1.0})
+        for seed in range(3)
+    ]
+    assert np.median(best[:3]) < np.median(best[3:]), "and finds better candidates than without"
+
+
+# ---------------------------------------------------------------- the search of a model's schedules
+
+
+def toy_pipe():
+    pipe = DDIMPipeline(GaussianMixtureModel(), solver())
+    pipe.scheduler = solver()  # as that of SD; the pipeline has made another
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Killed(Exception):
+    pass
+
+
+def test_search_of_a_pipeline(tmp_path):
+    pipe = toy_pipe()
+    own, settings = pipe.scheduler, {"conditions": [], "images": 2, "budget": 12, "batch": 4}
+    told = []
+    whole = Search(pipe, 4, file=tmp_path / "a.json", **settings).run(told.append)
+    assert pipe.scheduler is own and 5 < sum(told) <= 12 and whole.evaluations == 4
+    facts = whole.facts
+    assert facts["family"] == family_of(pipe) and facts["candidates"] == sum(told) and facts["distance"] < 0.5
+    assert set(facts["held_out_of_known_solvers"]) == {"dpm++2m", "unipc2", "deis2", "theta2"}
+
+    def kill(count):
+        calls.append(count)
+        if len(calls) == 2:  # the first tells what is known
+            raise Killed
+
+    for _ in range(3):
+        calls = []
+        with pytest.raises(Killed):
+            Search(pipe, 4, file=tmp_path / "b.json", **settings).run(kill)
+    again = Search(pipe, 4, file=tmp_path / "b.json", **settings).run()
+    assert again == whole and again.facts == whole.facts and pipe.scheduler is own
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    with pytest.raises(OptionError, match="another search: seed"):
+        Search(pipe, 4, file=tmp_path / "a.json", **settings, seed=1).run()
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(OptionError, match="remove it"):
+        Search(pipe, 4, file=tmp_path / "a.json", **settings).run()
+    for bad in ({"images": 0}, {"budget": 0}, {"batch": 0}):
+        with pytest.raises(OptionError):
+            Search(pipe, 4, **{**settings, **bad})
+
+
+def test_fitted_steps_are_nearer_to_the_fine_solution():
+    """Also on other noise; the file has them, and with all corrections 0 it is the plain solver."""
+    pipe = toy_pipe()
+    objective, other = (TeacherDistance(pipe, [], None, seed, 16, steps=50) for seed in (0, 100))
+    plain = ScheduleSpace(PATH, 5).known("dpm++2m")[2]
+    distance, fitted = objective.fit(plain)
+    assert fitted.sigmas == plain.sigmas and objective(fitted) == pytest.approx(distance, rel=1e-3)
+    assert distance < 0.6 * objective(plain) and other(fitted) < 0.8 * other(plain)
+    assert Schedule.from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
+    steps = [replace(step, corrections=(0.0,) * len(step.corrections)) for step in fitted.steps]
+    assert objective(replace(fitted, steps=tuple(steps))) == objective(plain)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the command writes for the class-conditional model of the zoo."""
+    out = tmp_path_factory.mktemp("s3")
+    arguments = "search s3 tiny-fashion-dit --nfe 3 --images 2 --budget 6 --guidance 1 --out".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["diffaccel", *arguments, str(out)])
+        cli.main()
+    return out
+
+
+def test_command(folder):
+    scheduler = UnifiedSolverScheduler.from_pretrained(folder.parent, subfolder=folder.name)
+    (schedule,) = load_schedules(folder / "schedules.json")
+    assert scheduler.known == [schedule] and schedule.evaluations == 3
+    assert schedule.facts["candidates"] <= 6 and schedule.facts["settings"]["model"] == "tiny-fashion-dit"
+    scheduler.set_timesteps(3)
+    assert scheduler.path.is_flow and len(scheduler.timesteps) == 3
+
+
+def test_accelerator(folder):
+    from diffaccel import zoo
+
+    pipe = zoo.load("tiny-fashion-dit")
+    pipe.set_progress_bar_config(disable=True)
+    own = pipe.scheduler
+
+    def images(count):
+        generator = torch.Generator().manual_seed(0)
+        return pipe([1, 2], num_inference_steps=count, generator=generator, output_type="np").images
+
+    plain = images(3)
+    pipe.to(accel=f"s3:{folder / 'schedules.json'}")
+    fast = images(3)
+    assert pipe.scheduler is own and pipe.accel.report.updates == 3 and not np.array_equal(fast, plain)
+    with pytest.raises(ScheduleError, match="no schedule for 5 evaluations; there are some for 3"):
+        images(5)
+    assert pipe.scheduler is own
+    hook = pipe.transformer.register_forward_pre_hook(lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        images(3)
+    hook.remove()
+    assert pipe.scheduler is own and np.array_equal(images(3), fast)
+    pipe.to(accel=None)
+    pipe.scheduler = UnifiedSolverScheduler.from_pretrained(folder.parent, subfolder=folder.name)
+    assert np.array_equal(images(3), fast)
+
+
+def test_accelerator_refuses(folder, tmp_path):
+    pipe = TINY["sd"].build()
+    own = pipe.scheduler
+    with pytest.raises(DiffaccelError, match=r"path flow; this model's is vp 14\.61"):
+        pipe.to(accel=f"s3:{folder / 'schedules.json'}")
+    for text in ("", "[]x", "5", '{"version": 7}', '[{"version": 1}]'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UnsupportedPipeline, match=r"bad\.json"):
+            pipe.to(accel=f"s3:{tmp_path / 'bad.json'}")
+    with pytest.raises(UnsupportedPipeline, match="cannot read"):
+        pipe.to(accel="s3:nowhere.json")
+    with pytest.raises(UnsupportedPipeline, match=r"no schedule for this .* search s3"):
+        pipe.to(accel="s3")
+    assert pipe.scheduler is own and not hasattr(pipe, "accel")
+    with pytest.raises(DiffaccelError, match="both of the kind"):
+        pipe.to(accel=[f"s3:{tmp_path}", "few-step:8"])
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sana"])
+def test_pipelines_that_bring_their_own_levels_follow_the_schedule(name, tmp_path):
+    """Flux and others pass sigmas to every scheduler."""
+    case, pipe = TINY[name], TINY[name].build()
+    (schedule,) = [s for s in ScheduleSpace(solver("flow", "flow_prediction").path, 4).known("theta2")[3:4]]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({**schedule.to_dict(), "facts": {"family": family_of(pipe)}}))
+    fast = run(case, pipe.to(accel=f"s3:{path}"), 4)
+    pipe.to(accel=None)
+    pipe.scheduler = UnifiedSolverScheduler.from_config(pipe.scheduler.config, schedules=[schedule.to_dict()])
+    assert torch.equal(run(case, pipe, 4), fast) and pipe.scheduler.schedule == schedule
