@@ -11,9 +11,9 @@ import torch
 
 from diffaccel import cli, zoo
 from diffaccel.cli import bench as benching
-from diffaccel.cli.reading import SCHEDULERS, read_accel, set_scheduler
+from diffaccel.cli.reading import SCHEDULERS, read_accel, read_steps, set_scheduler
 from diffaccel.cli.writing import OutputError, write_files
-from diffaccel.errors import OptionError
+from diffaccel.errors import DiffaccelError, OptionError
 from diffaccel.eval.provenance import plain
 from diffaccel.eval.sampler import Sampler
 from diffaccel.pipelines import resolve
@@ -283,3 +283,31 @@ def test_every_short_name_is_a_scheduler_that_runs_or_is_refused(name):
             assert Sampler(pipe, [condition], 5, None, 0)().isfinite().all()
         except OptionError as error:  # DiTPipeline needs a method that this scheduler does not have
             assert name == "flow-euler" and "scale_model_input" in str(error)
+
+
+def test_stacks_have_steps_of_their_own():
+    assert read_steps("s3@5", 50) == ("s3", 5) and read_steps("sada", 50) == ("sada", 50)
+    assert read_steps("s3:a@b/c.json", 50) == ("s3:a@b/c.json", 50)
+    assert read_steps("s3:a@b.json@6", 50) == ("s3:a@b.json", 6)
+    with pytest.raises(OptionError, match="0 steps"):
+        read_steps("s3@0", 50)
+
+
+def test_schedulers_take_options():
+    pipe = zoo.load(SD)
+    set_scheduler(pipe, "dpm++(timestep_spacing=trailing, solver_order=3)")
+    assert pipe.scheduler.config.timestep_spacing == "trailing" and pipe.scheduler.config.solver_order == 3
+    with pytest.raises(OptionError, match=r"no option 'spacing'; did you mean 'timestep_spacing'"):
+        set_scheduler(pipe, "dpm++(spacing=trailing)")
+    with pytest.raises(OptionError, match="--scheduler"):
+        set_scheduler(pipe, "dpm++(trailing)")
+
+
+def test_searched_schedules_ship_and_tell_their_numbers():
+    pipe = zoo.load(SD)
+    pipe.set_progress_bar_config(disable=True)
+    before = pipe.scheduler
+    images = Sampler(pipe.to(accel="s3"), ["a photo of a bag"], 5, 2.5, 0)()
+    assert images.isfinite().all() and pipe.accel.report.evaluated == 5 and pipe.scheduler is before
+    with pytest.raises(DiffaccelError, match="there are some for 5"):
+        Sampler(pipe, ["a photo of a bag"], 7, 2.5, 0)()
