@@ -99,7 +99,7 @@ def test_order_follows_from_the_kinds():
         ({"sada": {"tolerance": torch.tensor(0.1)}}, OptionError, ["tolerance=tensor", "float"]),
         ({"sada": {"order": 5}}, OptionError, ["order=5", "[1, 4]"]),
         ({"sada": {"criterion": ["error"]}}, OptionError, ["criterion=['error']", "str"]),
-        ("", UnknownAccelerator, ["''", "reuse, sada"]),
+        ("", UnknownAccelerator, ["''", "reuse", "sada"]),
         ("reuse:fast:twice", UnknownAccelerator, ["'fast:twice'"]),
         ({"sada": {}, "reuse": {}}, AcceleratorConflict, ["'sada'", "'reuse'"]),
         (["sada", [Reuse()]], AcceleratorConflict, ["'sada'", "'reuse'", "skip"]),
