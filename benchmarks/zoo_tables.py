@@ -68,7 +68,7 @@ def measure(model: str, count: int, few: int, work: Path, seed: int) -> dict[str
 
 def tables() -> str:
     """Returns the tables of all records as Markdown."""
-    text = ["# The zoo's models, measured\n\nWritten by `benchmarks/zoo_tables.py tables`.\n"]
+    text = ["# The zoo's models, measured\n\nWritten by `make tables`.\n"]
     for file in sorted(FOLDER.glob("zoo-*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         teacher = record["teacher"]
