@@ -56,7 +56,7 @@ class Trajectory:
 
 
 class RecordingScheduler(UnifiedSolverScheduler):
-    """Keeps the samples that it goes through."""
+    """Keeps the samples that it goes through, in float32 on the CPU; those of the last run."""
 
     def _reset(self) -> None:
         super()._reset()
@@ -69,11 +69,11 @@ class RecordingScheduler(UnifiedSolverScheduler):
         skipped = int(self.schedule.analytic_first != "none")
         place = len(self.samples)
         self.positions.append(self.levels[place + skipped].log_snr)
-        self.samples.append(sample.double())
+        self.samples.append(sample.detach().float().cpu())
         result = super().step(model_output, timestep, sample, *args, **kwargs)
         if len(self.samples) == len(self.timesteps):
             self.positions.append(self.levels[-1].log_snr)
-            self.samples.append(result[0].double())
+            self.samples.append(result[0].detach().float().cpu())
         return result
 
     @property
@@ -96,7 +96,7 @@ class FittingScheduler(UnifiedSolverScheduler):
         target = self.levels[place + 1]
         known = [part for node in self._nodes for part in (node.x0, node.eps)]
         matrix = torch.stack([part.flatten().double() for part in known], 1)
-        missing = (self.teacher.at(target.log_snr).to(x.device) - x).flatten()
+        missing = (self.teacher.at(target.log_snr).to(x) - x).flatten()
         gram = matrix.T @ matrix
         gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
         weights = torch.linalg.solve(gram, matrix.T @ missing.double())

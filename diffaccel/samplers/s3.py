@@ -63,13 +63,14 @@ class TeacherDistance:
         conditions: Prompts or labels; nothing for an unconditional pipeline.
         guidance: The guidance scale; None for the pipeline's own.
         seed: The seed of the first image's noise.
-        count: The number of images; all go through the network at once.
+        count: The number of images.
+        batch: Images a call; those that steps are fitted to must go through the network at once, the default.
         steps: The steps of the fine solution.
     """
 
     def __init__(self, pipe: Any, conditions: Sequence[str], guidance: float | None, seed: int, count: int,
-                 steps: int = 100) -> None:  # fmt: skip
-        self.pipe, self.count = pipe, count
+                 batch: int | None = None, steps: int = 100) -> None:  # fmt: skip
+        self.pipe, self.batch = pipe, batch or count
         self.sampler = Sampler(pipe, conditions[:count], steps, guidance, seed, count)
         solver = self._solver(fine_schedule(pipe, steps), RecordingScheduler)
         self.fine = self._images(solver, steps)
@@ -83,7 +84,7 @@ class TeacherDistance:
         before = self.pipe.scheduler
         self.pipe.scheduler = solver
         try:
-            return self.sampler(evaluations, self.count)
+            return self.sampler(evaluations, self.batch)
         finally:
             self.pipe.scheduler = before
 
@@ -113,7 +114,8 @@ class Search:
         evaluations: The number of the network's evaluations.
         conditions: Prompts or labels of all images.
         guidance: The guidance scale; None for the pipeline's own.
-        images: Images of the objective; a second and a third set of others have twice as many.
+        images: Images of the objective, which go through the network at once; a second and a third set of
+            others have twice as many.
         budget: Candidates to score.
         seed: Decides everything.
         batch: Candidates between two trainings of the ranking, and in a generation of CMA-ES.
@@ -158,7 +160,8 @@ class Search:
         conditions = self.conditions and [self.conditions[n % len(self.conditions)] for n in numbers]
         seed = self.seed * 1_000_003 + 7_000_000 + start
         if part not in self.objectives:
-            self.objectives[part] = TeacherDistance(self.pipe, conditions, self.guidance, seed, count)
+            made = TeacherDistance(self.pipe, conditions, self.guidance, seed, count, self.images)
+            self.objectives[part] = made
         return self.objectives[part]
 
     def run(
