@@ -26,14 +26,6 @@ DATA = Path("/usr/share/datasets/fashion-mnist")
 CARD = module.FOLDER / "README.md"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def network():
     return load_classifier()

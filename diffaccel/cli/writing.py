@@ -1,7 +1,6 @@
 """Whole files or none, and progress bars."""
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from ..errors import DiffaccelError
+from ..files import whole
 
 __all__ = ["OutputError", "StepBar", "check_output", "progress_bar", "write_files"]
 
@@ -45,27 +45,19 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> list[Path]:
         OutputError: If the folder cannot be written.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    staged: list[tuple[str, Path]] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-            staged.append((temporary, folder / name))
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-            os.chmod(temporary, 0o644)
-        for temporary, path in staged:
-            os.replace(temporary, path)
+        with contextlib.ExitStack() as staged:
+            for name, content in reversed(list(files.items())):  # the first gets its name first
+                temporary = staged.enter_context(whole(folder / name))
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error.strerror or error}") from None
     finally:
-        for temporary, _ in staged:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         for path in missing:  # innermost first; those with files in them stay
             with contextlib.suppress(OSError):
                 path.rmdir()
-    return [path for _, path in staged]
+    return [folder / name for name in files]
 
 
 def progress_bar() -> Progress:

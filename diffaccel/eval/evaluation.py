@@ -4,7 +4,6 @@ The images are made and scored in parts (`parts`), each by all methods, so that 
 the plain pipeline's image of the same noise. Images are not kept, but for a few to be shown.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
+from ..files import whole
 from ..pipelines import accelerate
 from .classifier import labels_of_prompts, load_classifier, predict
 from .fidelity import Pairs
@@ -51,14 +51,10 @@ class Method:
 
 def labels_of(conditions: Sequence[str]) -> list[int] | None:
     """Returns the label numbers of tiny-fashion captions or label names; None for those of other models."""
-    from ..zoo.fashion import LABELS
-
-    if not conditions or not all(isinstance(text, str) for text in conditions):
+    if not conditions:
         return None
     try:
-        return labels_of_prompts(
-            [text if text not in LABELS else f"a photo of a {text}" for text in conditions]
-        )
+        return labels_of_prompts(conditions)  # a label's name is the shortest of its captions
     except ValueError:
         return None
 
@@ -172,8 +168,5 @@ class Evaluation:
 
     def _write(self, pixels: Tensor, method: Method, numbers: range) -> None:
         for number, image in zip(numbers, pixels, strict=True):
-            file = self._file(method, number)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            save_image(image / 255, temporary, format="png")
-            os.replace(temporary, file)
+            with whole(self._file(method, number)) as temporary:
+                save_image(image / 255, temporary, format="png")

@@ -5,9 +5,7 @@ and renamed. Parts are the same whoever makes them, and are read in their order,
 interrupted or shared ends with the same numbers as one that was not.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import DiffaccelError, OptionError
+from ..files import read_object, whole
 from .provenance import plain
 
 __all__ = ["Parts", "PartsError"]
@@ -59,20 +58,13 @@ class Parts:
             raise PartsError(f"no {str(file)!r} beside {stray.name}; expected the settings of the parts: "
                              "give another --out, or --restart")  # fmt: skip
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{SETTINGS}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
-            os.replace(temporary, file)
+            with whole(file) as temporary:
+                temporary.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
         except OSError as error:
             raise OptionError(f"cannot write to {str(self.folder)!r}: {error.strerror or error}") from None
 
     def _compare(self, file: Path) -> None:
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PartsError(f"cannot read {str(file)!r}: {error}; remove the folder to begin anew") from None
-        if not isinstance(before, dict):
-            raise PartsError(f"{str(file)!r} holds no settings; remove the folder to begin anew")
+        before = read_object(file, PartsError, "remove the folder to begin anew")
         different = [key for key in sorted({*before, *self.settings})
                      if before.get(key) != self.settings.get(key)]  # fmt: skip
         if different:
@@ -102,15 +94,11 @@ class Parts:
     def save(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a part."""
         path = self.path(number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-            os.replace(temporary, path)
+            with whole(path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         except OSError as error:
             raise OptionError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yields the parts in their order.

@@ -5,9 +5,7 @@ and ADM read them), ``n``, ``meta`` (a JSON text), and where they are asked for 
 (spatial) and ``feats`` (float32).
 """
 
-import contextlib
 import json
-import os
 import tempfile
 import zipfile
 import zlib
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError, ProtocolMismatch
+from ..files import whole
 from .arrays import ArrayError, ArrayFile, members
 from .features import ROWS, FeatureFile, Rows
 from .frechet import Reference
@@ -193,23 +192,13 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "meta": np.array(json.dumps(statistics.meta)),
     }  # fmt: skip
     if statistics.spatial is not None:
-        arrays["mu_s"], arrays["sigma_s"] = (
-            statistics.spatial.gaussian.mean,
-            statistics.spatial.gaussian.covariance,
-        )
+        spatial = statistics.spatial.gaussian
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     if statistics.features is not None:
         arrays["feats"] = np.asarray(statistics.features[0 : statistics.features.shape[0]])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".npz")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with whole(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise OptionError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 

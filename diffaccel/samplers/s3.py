@@ -18,7 +18,6 @@ References:
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..eval.sampler import Sampler
+from ..files import whole
 from ..search import Evolution
 from .family import family_of, solver_of
 from .fitting import FittingScheduler, RecordingScheduler
@@ -264,10 +264,8 @@ class Search:
             return
         polished = [[distance, schedule.to_dict()] for distance, schedule in self.polished]
         state = {"facts": self._facts(), **self.evolution.state_dict(), "polished": polished}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        os.replace(temporary, self.file)
+        with whole(self.file) as temporary:
+            temporary.write_text(json.dumps(state), encoding="utf-8")
 
     def _load(self) -> None:
         """Goes on from the file.

@@ -1,7 +1,6 @@
 """Loading of pipelines by zoo name, local folder or hub id, with errors that name the file at fault."""
 
 import contextlib
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffaccel.errors import ModelError, closest
+from diffaccel.files import read_object
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -110,7 +110,7 @@ def check_folder(folder: Path, given: tuple[str, ...] = ()) -> None:
     """
     if not (folder / INDEX).is_file():
         raise ModelError(f"{str(folder)!r} has no {INDEX}; expected a folder written by save_pretrained")
-    for name, entry in _read_object(folder / INDEX).items():
+    for name, entry in read_object(folder / INDEX, ModelError).items():
         if isinstance(entry, list) and entry and entry[0] is not None and name not in given:
             _check_component(folder / name, str(entry[-1]))
 
@@ -118,7 +118,7 @@ def check_folder(folder: Path, given: tuple[str, ...] = ()) -> None:
 def _check_component(folder: Path, kind: str) -> None:
     if not folder.is_dir():
         raise ModelError(f"no folder {str(folder)!r}; {INDEX} promises the component {kind}")
-    configurations = {file.name: _read_object(file) for file in sorted(folder.glob("*.json"))}
+    configurations = {file.name: read_object(file, ModelError) for file in sorted(folder.glob("*.json"))}
     if not configurations:
         raise ModelError(f"no configuration in {str(folder)!r}; expected a JSON file of {kind}")
     weights = sorted(folder.glob("*.safetensors"))
@@ -142,16 +142,6 @@ def _check_weights(file: Path) -> None:
             f"damaged weights file {str(file)!r}: {_one_line(str(error))}; "
             "expected a safetensors file of the length that its header gives"
         ) from error
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {str(file)!r}: {_one_line(str(error))}; expected JSON") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{str(file)!r} holds a {type(content).__name__}; expected a JSON object")
-    return content
 
 
 def _one_line(text: str, limit: int = 300) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffaccel.errors import ModelError
+from diffaccel.files import whole
 
 __all__ = ["find", "read", "replace_text", "set_aside", "write"]
 
@@ -22,12 +23,10 @@ def find(run: Path) -> list[Path]:
 def write(state: dict[str, Any], run: Path, images: int) -> Path:
     """Writes the state after ``images`` images, then removes all but the two newest checkpoints."""
     file = run / f"checkpoint-{images:010d}.pt"
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
+    with whole(file) as temporary, temporary.open("wb") as stream:
         torch.save(state, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, file)
     for old in find(run)[KEEP:]:
         old.unlink()
     return file
@@ -62,6 +61,5 @@ def set_aside(run: Path, images: int) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Writes a text file as a whole."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with whole(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
