@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from diffaccel.errors import OptionError
-from diffaccel.eval import kernels
 from diffaccel.eval.features import FeatureFile
 from diffaccel.eval.neighbors import prdc
 
@@ -45,7 +44,7 @@ def pair():
 def test_values_are_those_of_exact_differences(pair, k, closed, monkeypatch):
     expected = by_differences(*pair, k, closed)
     assert values(*pair, k, closed) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(kernels, "ROWS", 64)
+    monkeypatch.setattr("diffaccel.eval.features.ROWS", 64)
     assert values(*pair, k, closed) == pytest.approx(expected, rel=1e-12)
 
 
@@ -57,7 +56,7 @@ def test_ties_and_duplicates_are_exact(closed, monkeypatch):
     expected = by_differences(x, y, 3, closed)
     assert expected != by_differences(x, y, 3, not closed)
     for rows in (2048, 32):
-        monkeypatch.setattr(kernels, "ROWS", rows)
+        monkeypatch.setattr("diffaccel.eval.features.ROWS", rows)
         assert values(x / 10 + 50, y / 10 + 50, 3, closed) == pytest.approx(expected, rel=1e-12)
 
 
@@ -160,7 +159,7 @@ def test_file_is_like_an_array(tmp_path):
 
 
 def test_memory_is_bounded_by_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "ROWS", 128)
+    monkeypatch.setattr("diffaccel.eval.features.ROWS", 128)
     x = np.random.default_rng(9).standard_normal((2000, 8))
     tracemalloc.start()
     prdc(x, x)

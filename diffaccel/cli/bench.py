@@ -22,11 +22,11 @@ from ..eval import (
 )
 from ..eval.provenance import machine, plain, versions
 from ..eval.sampler import Sampler, default_conditions, device_of
-from ..pipelines import accelerate, resolve
+from ..pipelines import accelerate
 from ..zoo.folders import quiet
 from .figures import draw_grid
 from .generate import load
-from .reading import check_options, read_accel, read_prompts, read_steps
+from .reading import check_options, check_stacks, read_accel, read_prompts, read_steps
 from .report import page
 from .tables import bench_lines, markdown
 from .writing import check_output, progress_bar, write_files
@@ -199,14 +199,12 @@ def bench(settings: Settings, out: Path) -> dict[str, Any]:
         DiffaccelError: For any mistake in the settings; nothing is written then.
     """
     check_options(settings.device, settings.dtype, settings.guidance, settings.scheduler)
-    for name in settings.accel:
-        resolve(read_accel(read_steps(name, 1)[0]))
+    check_stacks(settings.accel)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
     with quiet([]):
         pipe = load(settings.model, settings.scheduler, settings.device, settings.dtype)
-        for name in settings.accel:
-            accelerate(accelerate(pipe, read_accel(read_steps(name, 1)[0])), None)
+        check_stacks(settings.accel, pipe)
         if prompts is None:
             prompts = default_conditions(settings.model, pipe, settings.n)
         sampler = Sampler(pipe, prompts, settings.steps, settings.guidance, settings.seed, settings.n)

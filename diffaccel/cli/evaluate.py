@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +12,21 @@ from .. import zoo
 from ..errors import MissingReference
 from ..eval import weights
 from ..eval.evaluation import Evaluation, Method, labels_of
-from ..eval.metrics import METRICS, check_metrics
+from ..eval.metrics import check_metrics, needs_spatial
 from ..eval.parts import Parts
 from ..eval.protocols import Extractor, protocol
 from ..eval.provenance import machine, model_digest, plain, settings_digest, versions
 from ..eval.sampler import Sampler, default_conditions
-from ..eval.scoring import reference_of, statistics_of
+from ..eval.scoring import reference_of
 from ..eval.statistics import Statistics, load_statistics, save_statistics
 from ..eval.summary import MethodResult, read_results, summarize
-from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
 from .figures import draw_grid
 from .generate import load
-from .reading import check_options, read_accel, read_prompts, read_steps
+from .reading import check_options, check_stacks, read_accel, read_prompts, read_steps
 from .report import page
 from .tables import eval_lines, markdown
-from .writing import check_output, progress_bar, write_files
+from .writing import check_output, counting, write_files
 
 __all__ = ["Settings", "evaluate", "processes"]
 
@@ -84,8 +81,7 @@ def evaluate(
     """
     check_options(settings.device, settings.dtype, settings.guidance, settings.scheduler)
     names = check_metrics(settings.metrics or protocol(settings.protocol).metrics)
-    for name in settings.accel:
-        resolve(read_accel(read_steps(name, 1)[0]))
+    check_stacks(settings.accel)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     check_output(out)
     rank, world, wait = processes(settings.device)
@@ -126,8 +122,7 @@ def _work(settings: Settings, prompts: list[str] | None, device: str, images: Pa
             "give --reference, images or statistics; only models of the zoo have their own"
         )
     pipe = load(settings.model, settings.scheduler, device, settings.dtype)
-    for name in settings.accel:
-        accelerate(accelerate(pipe, read_accel(read_steps(name, 1)[0])), None)
+    check_stacks(settings.accel, pipe)
     sampler = _sampler(settings, pipe, prompts)
     return Evaluation(pipe, sampler, settings.methods, Extractor(protocol(settings.protocol), device), images)
 
@@ -160,10 +155,9 @@ def _facts(settings: Settings, work: Evaluation) -> dict[str, Any]:
 def _make(parts: Parts, work: Evaluation, rank: int, world: int) -> None:
     todo = parts.missing(rank, world, work.written)
     total = sum(len(parts.ranges[number]) for number in todo) * len(work.methods)
-    with progress_bar() as progress:
-        task = progress.add_task("images", total=total)
+    with counting("images", total) as advance:
         for number in todo:
-            parts.save(number, work.part(parts.ranges[number], lambda count: progress.advance(task, count)))
+            parts.save(number, work.part(parts.ranges[number], advance))
 
 
 def _finish(
@@ -195,25 +189,17 @@ def _timing(results: list[MethodResult], device: torch.device) -> dict[str, Any]
 
 def _reference(settings: Settings, extractor: Extractor, names: list[str]) -> Statistics:
     """Returns the statistics of the reference; those of the zoo's are kept in the cache."""
-    spatial = any(METRICS[name].spatial for name in names)
-    with _progress() as advance:
+    with counting("reference") as advance:
         if settings.reference is not None:
             return reference_of(settings.reference, extractor, names, batch=settings.batch, advance=advance)
-        key = settings_digest({"features": extractor.record, "data": "fashion-mnist-test", "spatial": spatial,
-                               "versions": versions()})  # fmt: skip
+        key = settings_digest({"features": extractor.record, "data": "fashion-mnist-test",
+                               "spatial": needs_spatial(names), "versions": versions()})  # fmt: skip
         file = weights.cache_folder() / "statistics" / f"{key}.npz"
         if not file.is_file():
             images, _ = zoo.reference()
-            found = statistics_of(images, extractor, ("features",), spatial, advance=advance)
+            found = reference_of(images, extractor, names, advance=advance)
             found.meta["source"] = "the test images of Fashion-MNIST in color (diffaccel.zoo.reference)"
             save_statistics(found, file)
         statistics = load_statistics(file)
         del statistics.meta["file"]
         return statistics
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    with progress_bar() as progress:
-        task = progress.add_task("reference", total=None)
-        yield lambda count: progress.advance(task, count)

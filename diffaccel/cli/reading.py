@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import diffusers
 import torch
 
 from ..errors import OptionError, closest
+from ..pipelines import accelerate, resolve
 from ..zoo.folders import quiet
 
 __all__ = [
     "DTYPES",
     "SCHEDULERS",
     "check_options",
+    "check_stacks",
     "read_accel",
     "read_prompts",
     "read_steps",
@@ -76,6 +79,24 @@ def read_steps(text: str, steps: int) -> tuple[str, int]:
     if not int(number):
         raise OptionError(f"--accel {text!r} asks for 0 steps")
     return stack, int(number)
+
+
+def check_stacks(texts: Sequence[str], pipe: Any = None) -> None:
+    """Checks what stands after each ``--accel``, and on a pipeline also whether it can have it.
+
+    Arguments:
+        texts: Stacks, with or without steps.
+        pipe: The pipeline, which is left plain.
+
+    Raises:
+        DiffaccelError: If a stack is unknown, impossible, or not for this pipeline.
+    """
+    for text in texts:
+        spec = read_accel(read_steps(text, 1)[0])
+        if pipe is None:
+            resolve(spec)
+        else:
+            accelerate(accelerate(pipe, spec), None)
 
 
 def _read_one(text: str, what: str = "--accel") -> Any:
@@ -152,7 +173,7 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
     flow = _is_flow_class(type(pipe.scheduler)) or config.get("prediction_type") == "flow_prediction"
     options: dict[str, Any] = {}
     if flow and not _is_flow_class(cls):
-        if "use_flow_sigmas" not in inspect.signature(cls.__init__).parameters:
+        if "use_flow_sigmas" not in known:
             raise OptionError(f"{cls.__name__} cannot sample this model of flow matching; try dpm++ or unipc")
         options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
         if "shift" in config:

@@ -1,8 +1,7 @@
 """``diffaccel fid`` and ``diffaccel stats``: images against a reference, and statistics of a reference."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..eval.protocols import Extractor, protocol
 from ..eval.scoring import measure, statistics_of
 from ..eval.statistics import save_statistics
 from .reading import check_options
-from .writing import check_output, progress_bar, write_files
+from .writing import check_output, counting, write_files
 
 __all__ = ["fid", "lines_of", "stats"]
 
@@ -30,7 +29,7 @@ def fid(generated: Path, reference: Path, protocol_name: str, metrics: Sequence[
     if out is not None:
         check_output(out.parent)
     extractor = Extractor(protocol(protocol_name), device, bf16)
-    with _progress("images") as advance:
+    with counting("images") as advance:
         record = measure(_data(generated), _data(reference), extractor, names, count=count, batch=batch,
                          mixed=mixed, advance=advance)  # fmt: skip
     if out is not None:
@@ -71,7 +70,7 @@ def stats(data: Path, protocol_name: str, features: bool, spatial: bool, count: 
         raise OptionError(f"--out {str(out)!r} must end with .npz")
     check_output(out.parent)
     extractor = Extractor(protocol(protocol_name), device, bf16)
-    with _progress("images") as advance:
+    with counting("images") as advance:
         keep = ("features",) if features else ()
         found = statistics_of(
             _data(data), extractor, keep, spatial, count=count, batch=batch, mixed=mixed, advance=advance
@@ -84,10 +83,3 @@ def stats(data: Path, protocol_name: str, features: bool, spatial: bool, count: 
 def _data(path: Path) -> Any:
     """Returns a path, or the reference images of a model of the zoo where there is no such path."""
     return zoo.reference()[0] if str(path) in zoo.names() and not path.exists() else path
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int], None]]:
-    with progress_bar() as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda count: progress.advance(task, count)

@@ -18,7 +18,7 @@ from ..zoo.folders import quiet
 from .evaluate import processes
 from .generate import load
 from .reading import check_options, read_prompts
-from .writing import check_output, progress_bar, write_files
+from .writing import check_output, counting, write_files
 
 __all__ = ["Settings", "lines_of", "search_s3"]
 
@@ -75,9 +75,8 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
 
 
 def _run(search: Search, share: Any) -> Schedule:
-    with progress_bar() as progress:
-        task = progress.add_task(f"{search.evaluations} evaluations", total=search.budget)
-        return search.run(lambda count: progress.advance(task, count), share)
+    with counting(f"{search.evaluations} evaluations", search.budget) as advance:
+        return search.run(advance, share)
 
 
 def _share(rank: int, world: int) -> Any:

@@ -12,7 +12,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from ..errors import DiffaccelError
 from ..files import whole
 
-__all__ = ["OutputError", "StepBar", "check_output", "progress_bar", "write_files"]
+__all__ = ["OutputError", "StepBar", "check_output", "counting", "progress_bar", "write_files"]
 
 
 class OutputError(DiffaccelError, OSError):
@@ -65,6 +65,19 @@ def progress_bar() -> Progress:
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     return Progress(*columns, transient=True, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar, and yields what tells it how many more are done.
+
+    Arguments:
+        what: What is counted.
+        total: How many there are, if that is known.
+    """
+    with progress_bar() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 class StepBar:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import OptionError
 
-__all__ = ["FeatureFile", "Rows", "blocks"]
+__all__ = ["FeatureFile", "Rows", "blocks", "check_rows", "placed"]
 
 ROWS = 2048
 """Rows that are read at once: 16 MB of 2048 float32 features."""
@@ -27,10 +27,53 @@ class Rows(Protocol):
         ...
 
 
-def blocks(features: Rows, size: int = ROWS) -> Iterator[np.ndarray]:
-    """Yields the rows as float64 arrays (B, d) of at most ``size`` rows."""
-    for start in range(0, features.shape[0], size):
-        yield np.asarray(features[start : start + size], dtype=np.float64)
+def blocks(features: Rows, size: int | None = None) -> Iterator[np.ndarray]:
+    """Yields the rows as float64 arrays (B, d) of at most ``size`` rows, ``ROWS`` by default."""
+    for _, block in placed(features, size=size):
+        yield block
+
+
+def placed(features: Rows, first: int = 0, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the float64 blocks (B, d) of `blocks` with their places, for work on pairs of blocks.
+
+    Arguments:
+        features: The features, with shape (N, d).
+        first: The row to begin with.
+        size: The largest number of rows of a block, ``ROWS`` by default.
+    """
+    size = size or ROWS
+    for start in range(first, features.shape[0], size):
+        block = np.asarray(features[start : start + size], dtype=np.float64)
+        yield slice(start, start + len(block)), block
+
+
+def check_rows(features: Rows, name: str, least: int, dim: int | None = None) -> tuple[int, int]:
+    """Checks a set of features, all of whose blocks are read once.
+
+    Arguments:
+        features: The features, with shape (N, d).
+        name: What to call them in an error.
+        least: The smallest N.
+        dim: The required d; None for any.
+
+    Returns:
+        N and d.
+
+    Raises:
+        OptionError: If it is no matrix, too short, of another length, or holds NaN or infinity.
+    """
+    if len(features.shape) != 2 or features.shape[1] < 1:
+        raise OptionError(f"{name} has shape {tuple(features.shape)}; expected (N, d)")
+    count, length = features.shape
+    if dim is not None and length != dim:
+        raise OptionError(f"{name} has features of length {length}, the other set of length {dim}")
+    if count < least:
+        raise OptionError(f"{name} has {count} rows; at least {least} are needed")
+    for index, block in enumerate(blocks(features)):
+        bad = np.flatnonzero(~np.isfinite(block).all(1))
+        if len(bad):
+            raise OptionError(f"{name} holds NaN or infinity, first in row {index * ROWS + bad[0]}")
+    return count, length
 
 
 class FeatureFile:

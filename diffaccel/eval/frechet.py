@@ -24,7 +24,7 @@ from scipy import linalg
 
 from ..errors import OptionError
 from .estimate import Estimate
-from .features import Rows, blocks
+from .features import Rows, blocks, placed
 from .moments import Gaussian, Moments
 
 __all__ = ["Frechet", "Reference", "factor", "fid_infinity", "frechet_distance"]
@@ -273,8 +273,7 @@ def _subset(features: Rows, rng: np.random.Generator, size: int) -> Gaussian:
     """Returns the Gaussian of a random subset, read block by block."""
     chosen = np.zeros(features.shape[0], bool)
     chosen[rng.permutation(len(chosen))[:size]] = True
-    moments, start = Moments(features.shape[1]), 0
-    for block in blocks(features):
-        moments.update(block[chosen[start : start + len(block)]])
-        start += len(block)
+    moments = Moments(features.shape[1])
+    for place, block in placed(features):
+        moments.update(block[chosen[place]])
     return moments.gaussian()

@@ -13,8 +13,7 @@ import numpy as np
 
 from ..errors import OptionError
 from .estimate import Estimate
-from .features import Rows, blocks
-from .kernels import check_rows
+from .features import Rows, check_rows, placed
 
 __all__ = ["InceptionScore", "inception_score"]
 
@@ -68,15 +67,13 @@ def inception_score(
     label = _labels(count, splits, shuffle_seed, split_size)
     sizes = np.bincount(label)
     sums, squares = np.zeros((2, len(sizes), classes))
-    start = 0
-    for block in blocks(logits):
-        part = label[start : start + len(block)]
+    for place, block in placed(logits):
+        part = label[place]
         probability = np.exp(_log_softmax(block))
         for split in np.unique(part):
             rows = probability[part == split]
             sums[split] += rows.sum(0)
             squares[split] += np.square(rows).sum(0)
-        start += len(block)
     mean = sums / sizes[:, None]
     divergence = _divergences(logits, label, mean)
     return _score(divergence, label, _log_bias(mean, squares / sizes[:, None], sizes))
@@ -109,11 +106,9 @@ def _divergences(logits: Rows, label: np.ndarray, mean: np.ndarray) -> np.ndarra
     # a class of which no image has a share in float64 adds 0, not 0 * inf
     log_mean = np.log(np.maximum(mean, np.finfo(np.float64).tiny))
     found: list[np.ndarray] = []
-    start = 0
-    for block in blocks(logits):
+    for place, block in placed(logits):
         log_p = _log_softmax(block)
-        found.append((np.exp(log_p) * (log_p - log_mean[label[start : start + len(block)]])).sum(1))
-        start += len(block)
+        found.append((np.exp(log_p) * (log_p - log_mean[label[place]])).sum(1))
     return np.concatenate(found)
 
 

@@ -17,16 +17,16 @@ constant and only the terms in :math:`\zeta` are left. All parts are estimated w
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import OptionError
 from .estimate import Estimate
-from .features import ROWS, Rows, blocks
+from .features import Rows, check_rows, placed
 
-__all__ = ["check_rows", "cmmd", "kid", "kid_difference", "kid_subsets", "placed"]
+__all__ = ["cmmd", "kid", "kid_difference", "kid_subsets"]
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """The kernel of every row of a block (A, d) with every row of another (B, d), with shape (A, B)."""
@@ -162,47 +162,6 @@ def kid_subsets(x: Rows, y: Rows, subsets: int = 100, size: int = 1000, seed: in
     return float(np.mean(values)), float(np.std(values))
 
 
-def check_rows(features: Rows, name: str, least: int, dim: int | None = None) -> tuple[int, int]:
-    """Checks a set of features, all of whose blocks are read once.
-
-    Arguments:
-        features: The features, with shape (N, d).
-        name: What to call them in an error.
-        least: The smallest N.
-        dim: The required d; None for any.
-
-    Returns:
-        N and d.
-
-    Raises:
-        OptionError: If it is no matrix, too short, of another length, or holds NaN or infinity.
-    """
-    if len(features.shape) != 2 or features.shape[1] < 1:
-        raise OptionError(f"{name} has shape {tuple(features.shape)}; expected (N, d)")
-    count, length = features.shape
-    if dim is not None and length != dim:
-        raise OptionError(f"{name} has features of length {length}, the other set of length {dim}")
-    if count < least:
-        raise OptionError(f"{name} has {count} rows; at least {least} are needed")
-    for index, block in enumerate(blocks(features)):
-        bad = np.flatnonzero(~np.isfinite(block).all(1))
-        if len(bad):
-            raise OptionError(f"{name} holds NaN or infinity, first in row {index * ROWS + bad[0]}")
-    return count, length
-
-
-def placed(features: Rows, first: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the float64 blocks (B, d) of `blocks` with their places, for work on pairs of blocks.
-
-    Arguments:
-        features: The features, with shape (N, d).
-        first: The row to begin with.
-    """
-    for start in range(first, features.shape[0], ROWS):
-        block = np.asarray(features[start : start + ROWS], np.float64)
-        yield slice(start, start + len(block)), block
-
-
 class _Pairs:
     """The rows of two sets side by side, with shape (N, 2d)."""
 
@@ -235,14 +194,11 @@ def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _draw(features: Rows, size: int, rng: np.random.Generator) -> np.ndarray:
     """Returns random rows without replacement, in the set's order; no more than a block is read at once."""
     chosen = np.sort(rng.choice(features.shape[0], size, replace=False))
-    edges = np.arange(0, features.shape[0] + ROWS, ROWS)
-    bounds = np.searchsorted(chosen, edges)
-    parts = [
-        features[start : start + ROWS][chosen[low:high] - start]
-        for start, low, high in zip(edges, bounds, bounds[1:], strict=False)
-        if high > low
-    ]
-    return np.concatenate(parts).astype(np.float64)
+    parts = []
+    for place, block in placed(features):
+        low, high = np.searchsorted(chosen, (place.start, place.stop))
+        parts.append(block[chosen[low:high] - place.start])
+    return np.concatenate(parts)
 
 
 def _within(x: Rows, kernel: Kernel, shift: float) -> _Sums:

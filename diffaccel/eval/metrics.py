@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import OptionError, ProtocolMismatch, closest
 from .estimate import Estimate
 from .features import Rows
-from .frechet import Frechet, Reference, fid_infinity
+from .frechet import Reference, fid_infinity
 from .inception_score import inception_score
 from .kernels import cmmd, kid
 from .neighbors import prdc
@@ -19,6 +20,8 @@ __all__ = [
     "check_metrics",
     "kept_of_generated",
     "kept_of_reference",
+    "named",
+    "needs_spatial",
     "score",
     "shown_name",
 ]
@@ -50,7 +53,7 @@ class Metric:
 def _fid(x: Statistics, y: Statistics, protocol: Protocol) -> Scores:
     if x.features is None:  # only moments: no standard error
         return {"fid": Estimate(y.reference.distance(x.gaussian))}
-    result = Frechet(x.gaussian, y.reference)
+    result = x.frechet(y.reference)
     if y.count is None:  # of an unknown number the bias is not known either
         return {"fid": Estimate(result.distance, result.standard_error(x.features))}
     bias = result.bias(x.features, y.features)
@@ -144,6 +147,11 @@ def kept_of_reference(names: Iterable[str]) -> set[str]:
     return set().union(*(METRICS[name].reference for name in names))
 
 
+def needs_spatial(names: Iterable[str]) -> bool:
+    """Returns whether one of the metrics needs the spatial features."""
+    return any(METRICS[name].spatial for name in names)
+
+
 def score(generated: Statistics, reference: Statistics, names: Iterable[str], protocol: Protocol) -> Scores:
     """Returns scores by name.
 
@@ -167,6 +175,19 @@ def score(generated: Statistics, reference: Statistics, names: Iterable[str], pr
     for name in check_metrics(names):
         scores.update(METRICS[name].compute(generated, reference, protocol))
     return scores
+
+
+def named(scores: Scores, count: int | None, protocol: Protocol) -> dict[str, dict[str, Any]]:
+    """Returns scores as plain data, each with its name in tables.
+
+    Arguments:
+        scores: The scores by name.
+        count: The number of generated images.
+        protocol: The protocol.
+    """
+    return {
+        key: {"name": shown_name(key, count, protocol), **value.to_dict()} for key, value in scores.items()
+    }
 
 
 def _called(statistics: Statistics, name: str) -> str:

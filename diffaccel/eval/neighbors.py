@@ -20,8 +20,7 @@ import numpy as np
 
 from ..errors import OptionError
 from .estimate import Estimate
-from .features import Rows
-from .kernels import check_rows, placed
+from .features import Rows, check_rows, placed
 
 __all__ = ["prdc"]
 

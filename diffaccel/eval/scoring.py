@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import MissingReference, OptionError, ProtocolMismatch
 from .arrays import members
 from .images import Images, open_images
-from .metrics import METRICS, check_metrics, kept_of_generated, kept_of_reference, score, shown_name
+from .metrics import check_metrics, kept_of_generated, kept_of_reference, named, needs_spatial, score
 from .protocols import Extractor, Protocol
 from .provenance import plain
 from .statistics import Statistics, collect, load_statistics
@@ -71,7 +71,7 @@ def reference_of(data: Any, extractor: Extractor, names: Iterable[str], **option
     keep = kept_of_reference(names)
     if not isinstance(data, (str, Path)) or not is_statistics(Path(data)):
         keep = {*keep, "features"}  # for the bias, which is not to depend on the other metrics
-    return statistics_of(data, extractor, keep, any(METRICS[name].spatial for name in names), **options)
+    return statistics_of(data, extractor, keep, needs_spatial(names), **options)
 
 
 def _check_protocol(statistics: Statistics, protocol: Protocol) -> None:
@@ -101,10 +101,11 @@ def measure(generated: Any, reference: Any, extractor: Extractor, metrics: Itera
         DiffaccelError: For anything that makes a score impossible or wrong.
     """
     names = check_metrics(metrics or extractor.protocol.metrics)
-    spatial = any(METRICS[name].spatial for name in names)
     options: dict[str, Any] = {"batch": batch, "mixed": mixed, "advance": advance}
     y = reference_of(reference, extractor, names, **options)
-    x = statistics_of(generated, extractor, kept_of_generated(names), spatial, count=count, **options)
+    x = statistics_of(
+        generated, extractor, kept_of_generated(names), needs_spatial(names), count=count, **options
+    )
     return record_of(x, y, names, extractor.protocol)
 
 
@@ -125,8 +126,7 @@ def record_of(
         "features": generated.protocol or reference.protocol,
         "n": generated.count,
         "m": reference.count,
-        "scores": {name: {"name": shown_name(name, generated.count, protocol), **value.to_dict()}
-                   for name, value in scores.items()},
-        "generated": {key: value for key, value in generated.meta.items() if key != "protocol"},
-        "reference": {key: value for key, value in reference.meta.items() if key != "protocol"},
+        "scores": named(scores, generated.count, protocol),
+        "generated": generated.facts,
+        "reference": reference.facts,
     })  # fmt: skip

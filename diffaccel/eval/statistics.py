@@ -20,7 +20,7 @@ from ..errors import OptionError, ProtocolMismatch
 from ..files import whole
 from .arrays import ArrayError, ArrayFile, members
 from .features import ROWS, FeatureFile, Rows
-from .frechet import Reference
+from .frechet import Frechet, Reference
 from .images import Images, digest
 from .moments import Gaussian, Moments
 from .protocols import Extractor
@@ -49,6 +49,18 @@ class Statistics:
     logits: Rows | None = None
     folder: Any = field(default=None, repr=False)
     """The temporary folder of the feature files, which goes when the statistics go."""
+    _frechet: Frechet | None = field(default=None, init=False, repr=False)
+
+    def frechet(self, reference: Reference) -> Frechet:
+        """Returns the distance from a reference with its eigenvectors, which are computed once."""
+        if self._frechet is None or self._frechet.reference is not reference:
+            self._frechet = Frechet(self.gaussian, reference)
+        return self._frechet
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known beside the protocol."""
+        return {key: value for key, value in self.meta.items() if key != "protocol"}
 
     @property
     def gaussian(self) -> Gaussian:

@@ -14,9 +14,8 @@ from .estimate import Estimate
 from .evaluation import Method
 from .features import blocks
 from .fidelity import Pairs, mean_estimate
-from .frechet import Frechet
 from .kernels import kid_difference
-from .metrics import METRICS, check_metrics, kept_of_generated, score, shown_name
+from .metrics import check_metrics, kept_of_generated, named, needs_spatial, score
 from .parts import Parts
 from .protocols import Extractor
 from .provenance import plain
@@ -65,7 +64,7 @@ def read_results(
         PartsError: If a part is missing or damaged.
         OptionError: If there are fewer than two images.
     """
-    keep, spatial = kept_of_generated(metrics), any(METRICS[name].spatial for name in metrics)
+    keep, spatial = kept_of_generated(metrics), needs_spatial(metrics)
     readers = [_Reader(method, Collector(extractor.record, keep, spatial)) for method in methods]
     for part in parts:
         for position, reader in enumerate(readers):
@@ -148,7 +147,7 @@ def summarize(results: Sequence[MethodResult], reference: Statistics, extractor:
     return plain({
         "protocol": extractor.protocol.name, "features": extractor.record, "n": first.statistics.count,
         "m": reference.count,
-        "reference": {key: value for key, value in reference.meta.items() if key != "protocol"},
+        "reference": reference.facts,
         "rows": rows,
     })  # fmt: skip
 
@@ -161,8 +160,7 @@ def _row(
     return {
         "name": result.method.name, "label": result.method.label, "steps": result.method.steps,
         "requested": result.requested, "evaluated": result.evaluated, "data": statistics.meta["data"],
-        "scores": {name: {"name": shown_name(name, statistics.count, extractor.protocol), **value.to_dict()}
-                   for name, value in scores.items()},
+        "scores": named(scores, statistics.count, extractor.protocol),
     }  # fmt: skip
 
 
@@ -186,8 +184,7 @@ def _feature_distance(x: Statistics, y: Statistics) -> Estimate:
     for a, b in zip(blocks(x.features), blocks(y.features), strict=True):
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         values.append(1 - (a * b).sum(1) / np.maximum(norms, 1e-12))
-    distances = np.concatenate(values)
-    return Estimate(float(distances.mean()), float(distances.std(ddof=1) / np.sqrt(len(distances))))
+    return mean_estimate(np.concatenate(values).tolist())
 
 
 def _difference(
@@ -199,10 +196,9 @@ def _difference(
     if x.features is None or y.features is None:
         raise OptionError("paired differences need the features of each image")
     if "fid" in names:
-        ours, theirs = (Frechet(s.gaussian, reference.reference) for s in (x, y))
+        ours, theirs = (s.frechet(reference.reference) for s in (x, y))
         moved = ours.influence(x.features) - theirs.influence(y.features)
-        error = float(moved.std(ddof=1) / np.sqrt(len(moved)))
-        found["fid"] = Estimate(ours.distance - theirs.distance, error)
+        found["fid"] = Estimate(ours.distance - theirs.distance, mean_estimate(moved.tolist()).se)
     if "kid" in names and reference.features is not None:
         found["kid"] = kid_difference(y.features, x.features, reference.features)
     return {name: value.to_dict() for name, value in found.items()}
