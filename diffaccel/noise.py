@@ -42,6 +42,7 @@ __all__ = [
     "path_of",
     "prediction_coefficients",
     "probe",
+    "wide",
 ]
 
 Kind = Literal["vp", "ve", "edm", "flow"]
@@ -93,14 +94,14 @@ class NoiseLevel(NamedTuple):
     def x0(self, output: Tensor, sample: Tensor) -> Tensor:
         """Returns x0 = (q sample - sigma output) / K; ZeroDivisionError at K = 0, unless output is x0."""
         if self.q == 0:
-            return _wide(output) / self.p
-        return (self.q * _wide(sample) - self.sigma * _wide(output)) / self._regular()
+            return wide(output) / self.p
+        return (self.q * wide(sample) - self.sigma * wide(output)) / self._regular()
 
     def eps(self, output: Tensor, sample: Tensor) -> Tensor:
         """Returns eps = (alpha output - p sample) / K; ZeroDivisionError at K = 0, unless output is eps."""
         if self.p == 0:
-            return _wide(output) / self.q
-        return (self.alpha * _wide(output) - self.p * _wide(sample)) / self._regular()
+            return wide(output) / self.q
+        return (self.alpha * wide(output) - self.p * wide(sample)) / self._regular()
 
     def output(self, x0: Tensor, sample: Tensor) -> Tensor:
         """Returns the network's output p x0 + q eps for a given x0, where eps = (sample - alpha x0) / sigma.
@@ -108,12 +109,12 @@ class NoiseLevel(NamedTuple):
         Raises:
             ZeroDivisionError: At sigma = 0, where the sample does not determine eps, if q is not 0.
         """
-        x0 = _wide(x0)
+        x0 = wide(x0)
         if self.q == 0:
             return self.p * x0
         if self.sigma < SINGULAR:
             raise ZeroDivisionError("a sample without noise (sigma = 0) does not determine eps")
-        return self.p * x0 + self.q * (_wide(sample) - self.alpha * x0) / self.sigma
+        return self.p * x0 + self.q * (wide(sample) - self.alpha * x0) / self.sigma
 
     def convert(self, output: Tensor, sample: Tensor, to: Prediction) -> Tensor:
         """Returns the same prediction in another parametrisation.
@@ -198,7 +199,7 @@ class Path:
         References:
             SADA: Stability-guided Adaptive Diffusion Acceleration (2025), arXiv 2507.17135.
         """
-        x0, eps = _wide(x0), _wide(eps)
+        x0, eps = wide(x0), wide(eps)
         if self.kind == "edm":
             return eps
         if self.kind == "flow":
@@ -211,7 +212,7 @@ class Path:
 
     def to_time_coordinates(self, index: int, sample: Tensor) -> Tensor:
         """Returns the x of `velocity` for a scheduler's sample, (B, *): VE ones divided by sqrt(1 + S^2)."""
-        return _wide(sample) * self._time_scale(index)
+        return wide(sample) * self._time_scale(index)
 
     def _time_scale(self, index: int) -> float:
         return self.scales[index] if self.kind == "ve" else 1.0
@@ -264,7 +265,8 @@ def is_stochastic(scheduler: Any) -> str | None:
     return None
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float32, or in its own type if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

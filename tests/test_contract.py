@@ -19,13 +19,13 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_pipelines import TINY, load, run
+from tiny_pipelines import TINY, fresh, load, run
 from torch import nn
 
 from diffaccel import Accelerator, accelerate
 from diffaccel.pipelines import registry
 from diffaccel.pipelines.gates import Gate
-from diffaccel.samplers.family import path_name, solver_of
+from diffaccel.samplers.family import solver_of
 from diffaccel.samplers.grids import grid
 from diffaccel.samplers.presets import solver_schedule
 
@@ -44,8 +44,8 @@ def schedules():
         path = solver_of(case.build().scheduler).path
         for count in (4, 6, 8, STEPS, STEPS + 5):
             schedule = solver_schedule("unipc2", grid("trailing", count, path))
-            facts = {"family": {"path": path_name(path)}}
-            found[path_name(path), count] = {**schedule.to_dict(), "facts": facts}
+            facts = {"family": {"path": path.name}}
+            found[path.name, count] = {**schedule.to_dict(), "facts": facts}
     file = Path(tempfile.mkdtemp()) / "schedules.json"
     file.write_text(json.dumps(list(found.values())))
     return str(file)
@@ -53,16 +53,6 @@ def schedules():
 
 def spec(name):
     return {name: {"file": schedules()} if name == "s3" else EAGER.get(name, {})}
-
-
-@functools.cache
-def _built(name):
-    return TINY[name].build()
-
-
-def fresh(name):
-    """A new pipeline of a family, always with the same weights."""
-    return copy.deepcopy(_built(name))
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from .estimate import Estimate
 from .images import TOLERANCE
 from .pixels import quantize
 
-__all__ = ["Fidelity", "Pairs", "check_pairs", "fidelity", "mean_estimate", "to_floats"]
+__all__ = ["Fidelity", "Pairs", "as_bytes", "check_pairs", "fidelity", "mean_estimate", "to_floats"]
 
 WINDOW = 11
 """The side of SSIM's Gaussian window."""
@@ -104,7 +104,7 @@ class Pairs:
         squares, relative = _errors(_doubles(images), _doubles(reference))
         self._squares += squares.tolist()
         self._relative += relative.tolist()
-        self._decibels += _decibels(_bytes(images), _bytes(reference)).tolist()
+        self._decibels += _decibels(as_bytes(images), as_bytes(reference)).tolist()
         if min(images.shape[-2:]) >= WINDOW:
             self._similar += _similarity(to_floats(images).float(), to_floats(reference).float()).tolist()
 
@@ -215,7 +215,8 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), error)
 
 
-def _bytes(images: Tensor) -> Tensor:
+def as_bytes(images: Tensor) -> Tensor:
+    """Returns images as bytes, floats in [0, 1] rounded half to even; others are not checked."""
     return images if images.dtype == torch.uint8 else quantize(images)
 
 

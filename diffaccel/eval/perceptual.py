@@ -26,8 +26,7 @@ from torch.nn import functional as F
 from ..errors import MissingWeights, OptionError, closest
 from . import weights
 from .estimate import Estimate
-from .fidelity import check_pairs, mean_estimate, to_floats
-from .pixels import quantize
+from .fidelity import as_bytes, check_pairs, mean_estimate, to_floats
 
 __all__ = [
     "CLIP",
@@ -232,7 +231,8 @@ def clip_score(
         MissingWeights: If the model is not on this machine and cannot be downloaded.
         OptionError: If there is not one prompt for each image, or they are no images.
     """
-    pixels = _bytes(images)
+    to_floats(images)  # checks them
+    pixels = as_bytes(images)
     if pixels.shape[1] not in (1, 3) or len(prompts) != len(pixels) or isinstance(prompts, str):
         raise OptionError(
             f"{len(prompts)} prompts and images {tuple(pixels.shape)}; expected one for each, 1 or 3 channels"
@@ -275,7 +275,7 @@ def feature_distance(images: Tensor, reference: Tensor, extractor: Callable[[Ten
     check_pairs(images, reference)
     found: list[float] = []
     for ours, theirs in _batches(batch, images, reference):
-        difference = _directions(extractor, _bytes(ours)) - _directions(extractor, _bytes(theirs))
+        difference = _directions(extractor, as_bytes(ours)) - _directions(extractor, as_bytes(theirs))
         found += DISTANCES[distance](difference.pow(2).sum(1)).tolist()  # near 0, 1 - cos would cancel
     return mean_estimate(found)
 
@@ -290,11 +290,6 @@ def _directions(extractor: Callable[[Tensor], Any], pixels: Tensor) -> Tensor:
     if not bool(features.isfinite().all()):
         raise OptionError("the extractor returns features that are not finite")
     return F.normalize(features.double(), dim=1)
-
-
-def _bytes(images: Tensor) -> Tensor:
-    floats = to_floats(images)
-    return images if images.dtype == torch.uint8 else quantize(floats)
 
 
 def _batches(size: int, images: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

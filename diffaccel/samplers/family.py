@@ -8,10 +8,9 @@ import torch
 
 from ..errors import UnsupportedPipeline, UnsupportedScheduler
 from ..pipelines.run import denoisers_of
-from .paths import TrainingPath
 from .unified import UnifiedSolverScheduler
 
-__all__ = ["family_of", "path_name", "solver_of"]
+__all__ = ["family_of", "solver_of"]
 
 
 def solver_of(
@@ -40,11 +39,6 @@ def solver_of(
     return solver
 
 
-def path_name(path: TrainingPath) -> str:
-    """Returns the name of a path: "flow", or "vp" with its largest ratio."""
-    return path.name
-
-
 def family_of(pipe: Any) -> dict[str, str]:
     """Returns what tells one model from another: pipeline, denoiser, path and a digest of the configuration.
 
@@ -61,5 +55,5 @@ def family_of(pipe: Any) -> dict[str, str]:
     return {
         "pipeline": type(pipe).__name__, "denoiser": f"{name}: {type(network).__name__}",
         "config": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "path": path_name(solver_of(pipe.scheduler).path),
+        "path": solver_of(pipe.scheduler).path.name,
     }  # fmt: skip

@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import DiffaccelError
 from ..pipelines.accelerator import Accelerator, option
 from .family import solver_of
+from .grids import karras
 from .paths import TrainingPath
 from .schedule import Schedule, Step
 
@@ -59,15 +60,10 @@ RECIPES: Mapping[str, Recipe] = {
 """The recipes by name; "xl" are those of SDXL."""
 
 
-def _karras(count: int, high: float, low: float, rho: float) -> np.ndarray:
-    return np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
-
-
 def recipe_times(recipe: Recipe, path: TrainingPath) -> list[float]:
     """Returns the n + 1 training times of a recipe on a model's path."""
-    noisiest = path.steps - 1
-    ratios = _karras(recipe.first, path.ratio(noisiest), path.smallest, recipe.rho)
-    return [float(t) for t in _karras(recipe.steps + 1, noisiest, path.time(ratios[recipe.cut]), RHO_TIME)]
+    ratios = karras(recipe.first, path.noisiest, path.smallest, recipe.rho)
+    return karras(recipe.steps + 1, path.steps - 1, path.time(ratios[recipe.cut]), RHO_TIME).tolist()
 
 
 def recipe_ratio(time: float, path: TrainingPath) -> float:

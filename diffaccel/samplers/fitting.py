@@ -66,9 +66,7 @@ class RecordingScheduler(UnifiedSolverScheduler):
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Makes a step, and keeps its sample; after the last one also the result."""
         assert self.schedule is not None
-        skipped = int(self.schedule.analytic_first != "none")
-        place = len(self.samples)
-        self.positions.append(self.levels[place + skipped].log_snr)
+        self.positions.append(self.levels[len(self.samples) + self.schedule.skipped].log_snr)
         self.samples.append(sample.detach().float().cpu())
         result = super().step(model_output, timestep, sample, *args, **kwargs)
         if len(self.samples) == len(self.timesteps):

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import OptionError, closest
 from .paths import TrainingPath
 
-__all__ = ["GRIDS", "grid"]
+__all__ = ["GRIDS", "grid", "karras"]
 
 RHO = 7.0
 STD = 0.5
@@ -31,25 +31,19 @@ def _trailing(count: int, path: TrainingPath) -> np.ndarray:
     return np.array([path.ratio(max(time, path.first_time)) for time in times])
 
 
-def _noisiest(path: TrainingPath) -> float:
-    """Returns the first ratio; the straight path, which begins at pure noise, begins one timestep later."""
-    return path.ratio(path.steps - 1)
-
-
-def _karras(count: int, path: TrainingPath) -> np.ndarray:
-    """Equal steps of S^(1 / 7)."""
-    high, low = _noisiest(path) ** (1 / RHO), path.smallest ** (1 / RHO)
-    return np.linspace(high, low, count) ** RHO
+def karras(count: int, high: float, low: float, rho: float = RHO) -> np.ndarray:
+    """Returns numbers from ``high`` to ``low`` in equal steps of their power 1 / rho."""
+    return np.linspace(high ** (1 / rho), low ** (1 / rho), count) ** rho
 
 
 def _log_snr(count: int, path: TrainingPath) -> np.ndarray:
     """Equal steps of the half log-SNR."""
-    return np.exp(np.linspace(math.log(_noisiest(path)), math.log(path.smallest), count))
+    return np.exp(np.linspace(math.log(path.noisiest), math.log(path.smallest), count))
 
 
 def _theta(count: int, path: TrainingPath) -> np.ndarray:
     """Equal steps of theta = atan(S / c), down to 0; or to the cleanest level that the network knows."""
-    high = math.atan2(_noisiest(path), STD)
+    high = math.atan2(path.noisiest, STD)
     angles = np.linspace(high, max(high / count, math.atan2(path.smallest, STD)), count)
     return STD * np.tan(angles)
 
@@ -57,7 +51,7 @@ def _theta(count: int, path: TrainingPath) -> np.ndarray:
 GRIDS: Mapping[str, Callable[[int, TrainingPath], np.ndarray]] = {
     "uniform": _uniform_time,
     "trailing": _trailing,
-    "karras": _karras,
+    "karras": lambda count, path: karras(count, path.noisiest, path.smallest),
     "log_snr": _log_snr,
     "theta": _theta,
 }

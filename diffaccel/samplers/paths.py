@@ -63,6 +63,11 @@ class TrainingPath:
         return self.ratio(self.last_time)
 
     @property
+    def noisiest(self) -> float:
+        """The first ratio of grids; on the straight path, which begins at pure noise, a timestep later."""
+        return self.ratio(self.steps - 1)
+
+    @property
     def smallest(self) -> float:
         """The smallest ratio of a network's evaluation."""
         return self.ratio(self.first_time)

@@ -60,13 +60,8 @@ def solver_schedule(name: str, sigmas: tuple[float, ...]) -> Schedule:
     step, count = SOLVERS[name], len(sigmas) - 1
     steps = []
     for number in range(count):
-        order = min(step.order, number + 1)
-        if sigmas[number + 1] == 0 and step.prediction != "theta":
-            order = 1
-        prediction = step.prediction
-        if prediction == "epsilon" and order == 1:
-            prediction = "sample"  # the same step, also from pure noise
-        corrector = step.corrector and number < count - 1 and sigmas[number + 1] > 0
-        scaling = step.scaling if order <= 2 else "none"  # where one node estimates the derivative
-        steps.append(replace(step, order=order, prediction=prediction, corrector=corrector, scaling=scaling))
+        possible = step.at(number, to_zero=sigmas[number + 1] == 0, last=number == count - 1)
+        if possible.order > 2:  # a scaling is for one node that estimates the derivative
+            possible = replace(possible, scaling="none")
+        steps.append(possible)
     return Schedule(sigmas, tuple(steps), std=STD.get(name, 0.5))

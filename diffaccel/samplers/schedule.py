@@ -89,6 +89,22 @@ class Step:
             if not whole or len(set(points)) < len(points):
                 raise ScheduleError(f"points are {points!r}; expected different numbers of nodes")
 
+    def at(self, number: int, to_zero: bool, last: bool) -> "Step":
+        """Returns the step with what is possible at its place in a schedule.
+
+        Arguments:
+            number: The steps before it.
+            to_zero: Whether it ends at S = 0.
+            last: Whether no evaluation follows it.
+        """
+        order = min(self.order, number + 1)
+        if to_zero and self.prediction != "theta":
+            order = 1
+        same = order == 1 and self.prediction == "epsilon"  # the same step, also from pure noise
+        prediction = "sample" if same else self.prediction
+        corrector = self.corrector and not last and not to_zero
+        return dataclasses.replace(self, order=order, prediction=prediction, corrector=corrector)
+
     def _check_corrections(self) -> None:
         object.__setattr__(self, "corrections", tuple(self.corrections))
         good = all(isinstance(value, float) and math.isfinite(value) for value in self.corrections)
@@ -186,9 +202,14 @@ class Schedule:
             raise ScheduleError(f"step {number} ends at 0 and cannot have a corrector")
 
     @property
+    def skipped(self) -> int:
+        """The evaluations that an analytic first step saves: 1, or 0 without one."""
+        return int(self.analytic_first != "none")
+
+    @property
     def evaluations(self) -> int:
         """The evaluations of the network."""
-        return len(self.steps) - (self.analytic_first != "none")
+        return len(self.steps) - self.skipped
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the schedule as plain data."""

@@ -84,8 +84,7 @@ class S3(Accelerator):
     def check(self, pipe: Any) -> str | None:
         """Returns why no schedule fits the pipeline."""
         try:
-            schedules = fitting(pipe, self.file)
-            solver_of(pipe.scheduler, schedules=[schedule.to_dict() for schedule in schedules])
+            self.scheduler(pipe)
         except DiffaccelError as error:
             return str(error)
         return None

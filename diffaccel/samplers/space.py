@@ -48,7 +48,6 @@ class ScheduleSpace(Space[Schedule]):
         if evaluations < 2:
             raise OptionError(f"a search needs at least 2 evaluations, not {evaluations}")
         self.path, self.evaluations, self.analytic, self.std = path, evaluations, analytic, std
-        self.noisiest = min(path.largest, path.ratio(path.steps - 1))
 
     def seeds(self) -> list[Schedule]:
         """Returns the known solvers on the known grids, and those of published searches."""
@@ -124,7 +123,7 @@ class ScheduleSpace(Space[Schedule]):
 
     def _logs(self, schedule: Schedule) -> list[float]:
         """Returns the logarithms of the nodes' ratios but for the last."""
-        return [math.log(min(sigma, self.noisiest)) for sigma in schedule.sigmas[:-1]]
+        return [math.log(min(sigma, self.path.noisiest)) for sigma in schedule.sigmas[:-1]]
 
     def _resize(self, logs: list[float], steps: list[Step], count: int, rng: random.Random) -> Any:
         """Returns nodes and steps of another number: one is put between two others, or taken out."""
@@ -140,7 +139,7 @@ class ScheduleSpace(Space[Schedule]):
 
     def _legal(self, logs: list[float], steps: list[Step], analytic: Any, std: float) -> Schedule:
         """Returns a schedule that a solver can follow."""
-        top, gap = math.log(self.noisiest), math.log(SMALLEST_GAP)
+        top, gap = math.log(self.path.noisiest), math.log(SMALLEST_GAP)
         low = math.log(self.path.smallest)
         ordered = [top, *sorted((min(log, top - gap) for log in logs[1:]), reverse=True)]
         for place in range(1, len(ordered)):
@@ -151,18 +150,9 @@ class ScheduleSpace(Space[Schedule]):
         repaired = []
         for place, step in enumerate(steps):
             last = place == len(steps) - 1
-            order = min(step.order, place + 1)
-            if last and step.prediction != "theta":
-                order = 1
-            prediction = step.prediction
-            if prediction == "epsilon" and order == 1:
-                prediction = "sample"
-            estimate = min(step.estimate, max(order - 1, 0))
-            corrector = step.corrector and not last
-            repaired.append(
-                replace(step, order=order, prediction=prediction, corrector=corrector, estimate=estimate,
-                        points=None, start=0, corrections=())
-            )  # fmt: skip
+            possible = step.at(place, to_zero=last, last=last)
+            estimate = min(step.estimate, possible.order - 1)
+            repaired.append(replace(possible, estimate=estimate, points=None, start=0, corrections=()))
         sigmas = (*(math.exp(log) for log in ordered), 0.0)
         return Schedule(sigmas, tuple(repaired), analytic, std)
 

@@ -17,8 +17,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..errors import OptionError
-from ..noise import NoiseLevel, prediction_coefficients
+from ..errors import OptionError, closest
+from ..noise import NoiseLevel, prediction_coefficients, wide
 from .exponential import Combination, Level, combine
 from .grids import GRIDS, grid
 from .paths import LARGEST, TrainingPath, betas_of, flow_settings
@@ -104,22 +104,22 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise OptionError(f"prediction_type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
-        if solver not in SOLVERS or grid not in GRIDS:
-            solver_schedule(solver, (1.0, 0.0))
-            raise OptionError(f"no grid {grid!r}; known: {', '.join(GRIDS)}")
+        for what, value, table in (("solver", solver, SOLVERS), ("grid", grid, GRIDS)):
+            if value not in table:
+                raise OptionError(f"no {what} {value!r}; {closest(value, table)}")
         if not 0 <= zeta < math.inf:
             raise OptionError(f"zeta is {zeta}; expected 0 or more")
         if zeta and not schedules and SOLVERS[solver].prediction != "sample" and SOLVERS[solver].order > 1:
             raise OptionError(f"noise (zeta above 0) needs a solver of 'sample'; {solver!r} is none")
         flow = use_flow_sigmas or prediction_type == "flow_prediction"
-        table = None
+        alphas = None
         if not flow:
             betas = betas_of(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas,
                              rescale_betas_zero_snr)  # fmt: skip
             self.betas = betas.float()
             self.alphas_cumprod = (1 - betas).cumprod(0).float()
-            table = (1 - betas).cumprod(0).tolist()
-        self.path = TrainingPath(num_train_timesteps, table)
+            alphas = (1 - betas).cumprod(0).tolist()
+        self.path = TrainingPath(num_train_timesteps, alphas)
         self.known = [Schedule.from_dict(part) for part in schedules or ()]
         for schedule in self.known:
             self._check(schedule)
@@ -190,7 +190,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         self.schedule = self._choose(num_inference_steps, timesteps, sigmas, mu)
         self._check(self.schedule)
         self.levels = [self.path.level(sigma) for sigma in self.schedule.sigmas]
-        skipped = int(self.schedule.analytic_first != "none")
+        skipped = self.schedule.skipped
         evaluated = self.schedule.sigmas[skipped:-1]
         times = [self.path.time(sigma) for sigma in evaluated]
         self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
@@ -252,7 +252,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             )
         if self.config.zeta and any(step.prediction != "sample" for step in schedule.steps):
             raise ScheduleError("noise (zeta above 0) needs the prediction 'sample' in all steps")
-        if self.config.zeta and schedule.analytic_first != "none":
+        if self.config.zeta and schedule.skipped:
             raise ScheduleError("noise (zeta above 0) needs an evaluation at the first step")
         first = schedule.steps[0]
         if schedule.sigmas[0] > 1e3 and first.prediction == "epsilon":
@@ -287,7 +287,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _analytic_pending(self, timestep: Any) -> bool:
         assert self.schedule is not None
-        if self.schedule.analytic_first == "none" or self._step_index is not None:
+        if not self.schedule.skipped or self._step_index is not None:
             return False
         return self._index_of(timestep) == 0
 
@@ -336,13 +336,13 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
             raise OptionError("call set_timesteps first")
         if eta or use_clipped_model_output:
             raise OptionError("eta and use_clipped_model_output are DDIM's; the noise of this solver is zeta")
-        x = _wide(sample)
+        x = wide(sample)
         if self._step_index is None:
             x = self._begin(timestep, x)
         assert self._step_index is not None
-        place = self._step_index + int(self.schedule.analytic_first != "none")
+        place = self._step_index + self.schedule.skipped
         level = self.levels[place]
-        x0, eps = self._convert(_wide(model_output), x, level)
+        x0, eps = self._convert(wide(model_output), x, level)
         x = self._correct(level, x0, eps, x)
         self._nodes = [Node(level, x0, eps, x), *self._nodes][:KEPT]
         result = self._predict(place, generator, sample)
@@ -399,8 +399,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
                        self._std)  # fmt: skip
         noise = None
         if rule.noise:
-            wide = nodes[0].sample.dtype
-            noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=wide)
+            kind = nodes[0].sample.dtype
+            noise = randn_tensor(like.shape, generator=generator, device=like.device, dtype=kind)
         if step.corrector:
             self._pending = step, nodes, order, noise
         result = _apply(rule, nodes, nodes[step.start].sample, noise)
@@ -426,7 +426,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         return alpha * original_samples + sigma * noise
 
     def _level_of(self, time: float) -> Level:
-        if self._step_index is None and self.schedule and self.schedule.analytic_first != "none":
+        if self._step_index is None and self.schedule and self.schedule.skipped:
             if time == float(self.timesteps[0]):
                 return self.levels[0]
         return self.path.level(self.path.ratio(time))
@@ -438,10 +438,6 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         """Returns the number of training timesteps."""
         return int(self.config.num_train_timesteps)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _are_equal_steps(sigmas: Sequence[float]) -> bool:
