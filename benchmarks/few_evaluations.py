@@ -17,8 +17,8 @@ from diffaccel import accelerate, zoo
 from diffaccel.cli.reading import set_scheduler
 from diffaccel.cli.tables import shown
 from diffaccel.errors import DiffaccelError
-from diffaccel.eval import Extractor, Frechet, Gaussian, Reference, Sampler, protocol
-from diffaccel.eval.pixels import quantize
+from diffaccel.eval import Extractor, Sampler, Statistics, collect, open_images, protocol
+from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.samplers.family import solver_of
@@ -56,21 +56,22 @@ class Runs:
         self.sampler = Sampler(self.pipe, conditions, 10, guidance, SEED, count)
         self.extractor = Extractor(protocol("fashion"))
         images, _ = zoo.reference()
-        self.reference = Reference(Gaussian.of(self.features(images)))
+        self.reference = self.statistics(images).reference
         self.pipe.scheduler = solver_of(self.plain, schedules=[fine_schedule(self.pipe, 100).to_dict()])
         self.fine = self.sampler(100, batch)
         self.pipe.scheduler = self.plain
 
-    def features(self, pixels: torch.Tensor) -> Any:
-        """Returns the features of byte images."""
-        return torch.cat([self.extractor(part).features for part in pixels.split(256)]).numpy()
+    def statistics(self, images: torch.Tensor) -> Statistics:
+        """Returns the statistics of images, the features among them."""
+        return collect(open_images(images), self.extractor, ("features",))
 
     def score(self, images: torch.Tensor) -> dict[str, Any]:
         """Returns the distance to the fine solution, and what the Fréchet distance needs."""
         square = (images - self.fine).double().square().flatten(1).mean(1)
-        features = self.features(quantize(images.clamp(0, 1)))
-        return {"rms": float(square.mean().sqrt()), "frechet": Frechet(Gaussian.of(features), self.reference),
-                "features": features}  # fmt: skip
+        found = self.statistics(images.clamp(0, 1))
+        influence = found.frechet(self.reference).influence(found.features)
+        return {"rms": float(square.mean().sqrt()), "fd": found.frechet(self.reference).distance,
+                "influence": influence}  # fmt: skip
 
     def s3(self, steps: int, file: str) -> dict[str, Any]:
         """Returns the scores of the searched schedule."""
@@ -107,14 +108,11 @@ def compare(runs: Runs, steps: int, file: str) -> list[dict[str, Any]]:
 
 def row_of(label: str, steps: int, found: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Returns a row as plain data; the difference is this one minus S3, paired."""
-    frechet, own = found["frechet"], ours["frechet"]
-    h = frechet.influence(found["features"])
-    difference = h - own.influence(ours["features"])
+    h, difference = found["influence"], found["influence"] - ours["influence"]
     row = {
         "label": label, "evaluations": steps, "rms": found["rms"],
-        "fd": {"value": frechet.distance, "se": float(h.std(ddof=1) / len(h) ** 0.5)},
-        "fd_minus_s3": {"value": frechet.distance - own.distance,
-                        "se": float(difference.std(ddof=1) / len(h) ** 0.5)},
+        "fd": {"value": found["fd"], "se": mean_estimate(h).se},
+        "fd_minus_s3": {"value": found["fd"] - ours["fd"], "se": mean_estimate(difference).se},
     }  # fmt: skip
     distances = f"FD {shown(row['fd'])}  - S3 {shown(row['fd_minus_s3'], True)}"
     print(f"{steps} {label:60} rms {row['rms']:.4f}  {distances}", flush=True)

@@ -61,6 +61,7 @@ def measure(model: str, count: int, few: int, work: Path, seed: int) -> dict[str
         "model": model,
         "guidance": GUIDANCE[model],
         "teacher": steps,
+        "few": few,
         "schedulers": rows,
         "refused": refused,
     }
@@ -79,15 +80,10 @@ def tables() -> str:
             f"{teacher['n']} images against {teacher['m']} test images; {settings['scheduler_class']}; "
             f"± is the standard error, differences are paired with the 50-step run of the same noise.\n\n"
             + markdown(_short(eval_lines(teacher["rows"])))
-            + f"\nEvery scheduler of diffusers that runs, 20 steps, {round(len_of(rows))} images:\n\n"
+            + f"\nEvery scheduler of diffusers that runs, 20 steps, {record['few']} images:\n\n"
             + markdown(_short(eval_lines(rows)))
         )
     return "\n".join(text)
-
-
-def len_of(rows: list[dict[str, Any]]) -> float:
-    """Returns the number of images of the schedulers' rows, which their names tell."""
-    return 1000 * float(rows[0]["scores"]["fid"]["name"].partition("-")[2].removesuffix("k") or "5")
 
 
 def _short(lines: Lines) -> Lines:

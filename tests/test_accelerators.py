@@ -1,7 +1,5 @@
 """Specifications, options, errors, and what an accelerator sees at each seam."""
 
-import copy
-import functools
 import importlib
 import inspect
 import itertools
@@ -11,7 +9,7 @@ from typing import ClassVar
 import diffusers
 import pytest
 import torch
-from tiny_pipelines import TINY, run
+from tiny_pipelines import TINY, fresh, run
 
 import diffaccel
 from diffaccel import (
@@ -26,16 +24,6 @@ from diffaccel import (
 )
 from diffaccel.pipelines import install, option, registry, resolve
 from diffaccel.pipelines.accelerator import tag
-
-
-@functools.cache
-def _built(name):
-    return TINY[name].build()
-
-
-def fresh(name):
-    """A new pipeline of a family, always with the same weights."""
-    return copy.deepcopy(_built(name))
 
 
 class Guide(Accelerator):

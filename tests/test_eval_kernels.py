@@ -1,7 +1,5 @@
 """KID and CMMD: against the formula, against other libraries, and their standard errors against repeats."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 import torch
@@ -168,14 +166,10 @@ def test_file_is_like_an_array(tmp_path):
     assert kid_difference(files[0], files[0], files[1]).value == 0
 
 
-def test_memory_is_bounded_by_blocks(monkeypatch):
+def test_memory_is_bounded_by_blocks(monkeypatch, traced_peak):
     monkeypatch.setattr("diffaccel.eval.features.ROWS", 128)
     x = features(np.random.default_rng(7), 2000)
-    tracemalloc.start()
-    kid(x, x)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4e6 < 8 * len(x) ** 2
+    assert traced_peak(lambda: kid(x, x)) < 4e6 < 8 * len(x) ** 2
 
 
 def test_tiny_sets_have_no_error(pair):

@@ -1,7 +1,5 @@
 """Precision, recall, density and coverage: against exact differences, other libraries, and known limits."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 import torch
@@ -158,14 +156,10 @@ def test_file_is_like_an_array(tmp_path):
     assert prdc(*files) == prdc(*arrays)
 
 
-def test_memory_is_bounded_by_blocks(monkeypatch):
+def test_memory_is_bounded_by_blocks(monkeypatch, traced_peak):
     monkeypatch.setattr("diffaccel.eval.features.ROWS", 128)
     x = np.random.default_rng(9).standard_normal((2000, 8))
-    tracemalloc.start()
-    prdc(x, x)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4e6 < 8 * len(x) ** 2
+    assert traced_peak(lambda: prdc(x, x)) < 4e6 < 8 * len(x) ** 2
 
 
 def test_bad_input_is_refused(pair):

@@ -1,12 +1,9 @@
 """Every family of pipelines under every accelerator: counts add up, samples run alone or together."""
 
-import copy
-import functools
-
 import diffusers
 import pytest
 import torch
-from tiny_pipelines import PROMPTS, TINY, normal, run
+from tiny_pipelines import PROMPTS, TINY, fresh, normal, run
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -14,16 +11,6 @@ from diffaccel import Accelerator, UnsupportedPipeline, accelerate
 from diffaccel.pipelines.rows import merge_rows, rows_of
 
 STEPS = 20
-
-
-@functools.cache
-def _built(name):
-    return TINY[name].build()
-
-
-def fresh(name):
-    """A new pipeline of a family, always with the same weights."""
-    return copy.deepcopy(_built(name))
 
 
 @pytest.mark.parametrize("accel", [{"sada": {"tolerance": 1e9}}, "sada", "sada:paper", "reuse"], ids=str)

@@ -4,6 +4,8 @@
 The last layer of every denoiser is fitted (see ``tiny.lesson``), so that samples neither explode nor vanish.
 """
 
+import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +67,16 @@ class TinyCase:
 
 
 TINY: dict[str, TinyCase] = {}
+
+
+@functools.cache
+def _built(name):
+    return TINY[name].build()
+
+
+def fresh(name):
+    """A new pipeline of a family, always with the same weights."""
+    return copy.deepcopy(_built(name))
 
 
 def run(case: TinyCase, pipe: DiffusionPipeline, steps: int, seed: int = 0, **overrides: Any) -> Tensor:
