@@ -275,6 +275,22 @@ def test_seams(name, branches, rows):
     assert probe.log == []
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_an_evaluation_knows_the_update_that_it_leads_to(name):
+    class Watcher(Accelerator):
+        def evaluate(self, call, proceed):
+            coming.append(call.index)
+            return proceed(call)
+
+        def update(self, call, proceed):
+            met.extend([call.index] * (len(coming) - len(met)))
+            return proceed(call)
+
+    coming, met = [], []
+    run(TINY[name], accelerate(fresh(name), Watcher()), 6)
+    assert coming == met and len(set(met)) > 1
+
+
 def test_two_networks_that_share_the_steps():
     probe, case = Probe(), TINY["wan22"]
     probe.log = []

@@ -67,6 +67,11 @@ class Evaluation:
         """The rows of the network's batch: the samples times the stacked guidance branches."""
         return len(self.sample)
 
+    @property
+    def index(self) -> int:
+        """The index in ``run.path`` of the update that the evaluation leads to."""
+        return self.run.coming(self.kwargs.get("timestep", self.args[1] if len(self.args) > 1 else None))
+
     def select(self, samples: Sequence[int], batch: int) -> "Evaluation":
         """Returns the evaluation for some of the ``batch`` samples only."""
         index, size = rows_of(samples, batch, self.rows), self.rows
@@ -294,12 +299,28 @@ class Run:
         call = BlockCall(self, gate.owner, args, kwargs, self.step, branch)
         return self._chain("block", compute)(call)
 
-    def _locate(self, timestep: Any) -> int:
-        """Returns the index of an update in the path: the scheduler's own, else that of the timestep."""
+    def coming(self, timestep: Any) -> int:
+        """Returns the index of the next update, from the timestep that a network sees: any unit, or None."""
+        if (index := self._own_index()) is not None:
+            return index
+        if self.step or timestep is None:
+            return self._index + 1
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        known = self.scheduler.timesteps.tolist()
+        return known.index(value) if value in known else 0
+
+    def _own_index(self) -> int | None:
+        """Returns the index that the scheduler knows by itself."""
         for name in ("step_index", "begin_index"):
             index = getattr(self.scheduler, name, None)
             if index is not None:
                 return int(index)
+        return None
+
+    def _locate(self, timestep: Any) -> int:
+        """Returns the index of an update in the path: the scheduler's own, else that of the timestep."""
+        if (index := self._own_index()) is not None:
+            return index
         if hasattr(self.scheduler, "index_for_timestep"):
             return int(self.scheduler.index_for_timestep(timestep))
         value = float(torch.as_tensor(timestep).flatten()[0])
