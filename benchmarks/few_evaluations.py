@@ -22,7 +22,7 @@ from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.samplers.family import solver_of
-from diffaccel.samplers.s3 import fine_schedule
+from diffaccel.samplers.objective import fine_schedule
 from diffaccel.zoo.folders import quiet
 
 FOLDER = Path(__file__).parent

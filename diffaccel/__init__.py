@@ -20,7 +20,7 @@ from .errors import (
     UnsupportedScheduler,
 )
 from .pipelines import Accel, Accelerator, Report, Reuse, Sada, accelerate, install
-from .samplers import S3, FewStep, UnifiedSolverScheduler
+from .samplers import S3, AutoDiffusion, FewStep, UnifiedSolverScheduler
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "Accel",
     "Accelerator",
     "AcceleratorConflict",
+    "AutoDiffusion",
     "DiffaccelError",
     "DiffusionPipeline",
     "FewStep",

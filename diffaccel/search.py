@@ -18,16 +18,26 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import OptionError
 
-__all__ = ["Evolution", "Ranking", "Space"]
+__all__ = ["Choices", "Engine", "Evolution", "Ranking", "Scored", "Space"]
 
 G = TypeVar("G")
+
+
+class Choices(Protocol):
+    """Who decides, when a space makes a candidate out of decisions."""
+
+    def choice(self, name: str, options: int) -> int:
+        """Returns one of the numbers from 0 to options - 1."""
+
+    def number(self, name: str, low: float, high: float) -> float:
+        """Returns a number between two others."""
 
 
 class Space(ABC, Generic[G]):
@@ -44,6 +54,10 @@ class Space(ABC, Generic[G]):
     @abstractmethod
     def cross(self, first: G, second: G, rng: random.Random) -> G:
         """Returns a legal mixture of two candidates."""
+
+    @abstractmethod
+    def choose(self, choices: Choices) -> G:
+        """Returns a legal candidate out of decisions; choice "seed" with all else 0 is that seed."""
 
     @abstractmethod
     def encode(self, candidate: G) -> list[float]:
@@ -119,7 +133,40 @@ class Scored(Generic[G]):
     score: float
 
 
-class Evolution(Generic[G]):
+class Engine(ABC, Generic[G]):
+    """Asks for candidates, and is told their scores.
+
+    Arguments:
+        space: What is searched.
+    """
+
+    def __init__(self, space: Space[G]) -> None:
+        self.space = space
+        self.scored: list[Scored[G]] = []
+
+    @property
+    def best(self) -> list[Scored[G]]:
+        """The scored candidates, the best first."""
+        return sorted(self.scored, key=lambda entry: entry.score)
+
+    @abstractmethod
+    def ask(self, count: int = 8) -> list[G]:
+        """Returns candidates that have not been asked for; fewer than ``count`` only if it finds no more."""
+
+    @abstractmethod
+    def tell(self, candidates: Sequence[G], scores: Sequence[float]) -> None:
+        """Takes the scores of candidates; one that is not finite is the worst."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that the search depends on, as plain data."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Returns to a saved state."""
+
+
+class Evolution(Engine[G]):
     """Asks for candidates and is told their scores.
 
     Arguments:
@@ -138,18 +185,13 @@ class Evolution(Generic[G]):
                  crossing: float = 0.4, blind: float = 0.2) -> None:  # fmt: skip
         if parents < 2 or children < 1 or not 0 <= crossing <= 1 or not 0 <= blind <= 1:
             raise OptionError("a search needs 2 parents, 1 child and shares from 0 to 1")
-        self.space, self.parents, self.children = space, parents, children
+        super().__init__(space)
+        self.parents, self.children = parents, children
         self.crossing, self.blind = crossing, blind
         self.rng = random.Random(seed)
         self.ranking = Ranking(seed)
-        self.scored: list[Scored[G]] = []
         self._known: set[str] = set()
         self._waiting = list(space.seeds())
-
-    @property
-    def best(self) -> list[Scored[G]]:
-        """The scored candidates, the best first."""
-        return sorted(self.scored, key=lambda entry: entry.score)
 
     def ask(self, count: int = 8) -> list[G]:
         """Returns candidates that have not been asked for.

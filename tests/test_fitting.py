@@ -10,8 +10,9 @@ from diffaccel.errors import OptionError
 from diffaccel.samplers.family import solver_of
 from diffaccel.samplers.fitting import Trajectory
 from diffaccel.samplers.grids import grid
+from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.presets import solver_schedule
-from diffaccel.samplers.s3 import Search, TeacherDistance
+from diffaccel.samplers.s3 import Search
 from diffaccel.samplers.schedule import Schedule
 
 
@@ -33,7 +34,7 @@ def objective(request):
     conditions = {"sd": ["a bag", "a red coat"], "dit": ["1", "2"]}[request.param]
     if request.param == "dit":
         pipe.labels = {}
-    return TeacherDistance(pipe, conditions, None, 3, 2, steps=40)
+    return Objective(pipe, conditions, None, 3, 2, steps=40)
 
 
 def test_fitting_gets_closer_and_is_repeated_by_its_numbers(objective):
@@ -62,7 +63,7 @@ def test_a_search_that_fits_is_no_worse_and_goes_on(tmp_path):
     whole = search()
     winner = whole.run()
     assert len(whole.polished) > 10
-    assert min(d for d, _ in whole.polished) < min(entry.score for entry in whole.evolution.scored)
+    assert min(d for d, _ in whole.polished) < min(entry.score for entry in whole.candidates.scored)
     stopped, file = search(tmp_path / "state.json"), tmp_path / "state.json"
 
     class Stop(Exception):

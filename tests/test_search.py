@@ -15,9 +15,11 @@ from toy_mixture import START, drive, exact, rms, solver
 
 from diffaccel import cli
 from diffaccel.errors import DiffaccelError, OptionError, UnsupportedPipeline
+from diffaccel.optuna_engine import OptunaEngine
 from diffaccel.samplers import Schedule, ScheduleError, UnifiedSolverScheduler, load_schedules
 from diffaccel.samplers.family import family_of
-from diffaccel.samplers.s3 import Search, TeacherDistance
+from diffaccel.samplers.objective import Objective
+from diffaccel.samplers.s3 import Search
 from diffaccel.samplers.space import ScheduleSpace
 from diffaccel.search import Evolution, Ranking, Space
 from diffaccel.toy import GaussianMixtureModel
@@ -98,6 +100,10 @@ class Numbers(Space):
     def cross(self, first, second, rng):
         return [rng.choice(pair) for pair in zip(first, second, strict=True)]
 
+    def choose(self, choices):
+        seed = self.seeds()[choices.choice("seed", 3)]
+        return [x + choices.number(f"move {n}", -2, 2) for n, x in enumerate(seed)]
+
     def encode(self, candidate):
         return candidate
 
@@ -147,6 +153,42 @@ def test_nothing_is_asked_for_twice_and_failures_are_the_worst():
     for bad in ({"parents": 1}, {"children": 0}, {"crossing": 2.0}, {"blind": -1.0}):
         with pytest.raises(OptionError):
             Evolution(Numbers(), 0, **bad)
+
+
+def test_optuna_is_another_engine():
+    """Seeds first; nothing twice; a state brings back what was scored and the seeds that were not yet."""
+    engine = OptunaEngine(Numbers(), 0)
+    assert engine.ask(1) == [Numbers().seeds()[0]] and engine.ask(1) == [Numbers().seeds()[1]]
+    engine = evolve(OptunaEngine(Numbers(), 0), 60)
+    assert len({json.dumps(entry.candidate) for entry in engine.scored}) == 60
+    assert evolve(OptunaEngine(Numbers(), 0), 60).best[0] == engine.best[0]
+    assert engine.best[0].score < 0.8 * min(Numbers().score(seed) for seed in Numbers().seeds())
+    engine = OptunaEngine(Numbers(), 0)
+    engine.tell(engine.ask(1), [1.0])
+    state = json.loads(json.dumps(engine.state_dict()))
+    resumed = OptunaEngine(Numbers(), 0)
+    resumed.load_state_dict(state)
+    assert resumed.scored == engine.scored and resumed.ask(1) == [Numbers().seeds()[1]]
+    resumed.tell(resumed.ask(2), [math.nan, 2.0])
+    assert resumed.best[0].score == 1.0 and resumed.best[-1].score == math.inf
+
+
+@pytest.mark.parametrize("space", [ScheduleSpace(PATH, 4), ScheduleSpace(PATH, 2)])
+def test_decisions_make_legal_schedules_and_all_zero_the_seeds(space):
+    rng = random.Random(0)
+
+    class Drawn:
+        def choice(self, name, options):
+            return rng.randrange(options)
+
+        def number(self, name, low, high):
+            return rng.uniform(low, high)
+
+    for _ in range(50):
+        assert space.choose(Drawn()).evaluations == space.evaluations
+    engine, seeds = OptunaEngine(space, 0), list(dict.fromkeys(space.seeds()))
+    for made, seed in zip(engine.ask(len(seeds)), seeds, strict=False):
+        assert made.sigmas == pytest.approx(seed.sigmas) and made.steps == seed.steps
 
 
 def test_ranking_orders_what_it_has_not_seen():
@@ -216,7 +258,7 @@ def test_search_of_a_pipeline(tmp_path):
 def test_fitted_steps_are_nearer_to_the_fine_solution():
     """Also on other noise; the file has them, and with all corrections 0 it is the plain solver."""
     pipe = toy_pipe()
-    objective, other = (TeacherDistance(pipe, [], None, seed, 16, steps=50) for seed in (0, 100))
+    objective, other = (Objective(pipe, [], None, seed, 16, steps=50) for seed in (0, 100))
     plain = ScheduleSpace(PATH, 5).known("dpm++2m")[2]
     distance, fitted = objective.fit(plain)
     assert fitted.sigmas == plain.sigmas and objective(fitted) == pytest.approx(distance, rel=1e-3)

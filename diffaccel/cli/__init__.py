@@ -220,15 +220,28 @@ search = typer.Typer(help="Searches what makes a model fast.", no_args_is_help=T
 app.add_typer(search, name="search")
 
 
+Nfe = Annotated[list[int] | None, typer.Option(min=2, help="Repeatable: evaluations.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")]
+SearchImages = Annotated[int, typer.Option(min=1, help="Images of the objective.")]
+Budget = Annotated[int, typer.Option(min=1, help="Candidates to score.")]
+Objective = Annotated[str, typer.Option(help="distance (to the fine solution), or fd (to a reference).")]
+Reference = Annotated[Path | None, typer.Option(help="Images or statistics, for the objective fd.")]
+Engine = Annotated[str, typer.Option(help="evolution, or optuna (needs the extra).")]
+
+
 @search.command("s3")
 def search_s3_(
     model: Model,
-    nfe: Annotated[list[int] | None, typer.Option(min=2, help="Repeatable: evaluations.")] = None,
+    nfe: Nfe = None,
     guidance: Guidance = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of the objective.")] = 32,
-    budget: Annotated[int, typer.Option(min=1, help="Candidates to score.")] = 300,
+    prompts: Prompts = None,
+    images: SearchImages = 32,
+    budget: Budget = 300,
     seed: Seed = 0,
+    objective: Objective = "distance",
+    protocol: Protocol = "offline",
+    reference: Reference = None,
+    engine: Engine = "evolution",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     out: Annotated[Path, typer.Option(help="Folder for scheduler and search.")] = Path("out/s3"),
@@ -236,9 +249,40 @@ def search_s3_(
     """Searches a solver schedule for each number of evaluations; goes on after a kill."""
     from .search import Settings, lines_of, search_s3
 
-    settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, device, dtype)
+    settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, objective,
+                        protocol, reference, engine, device, dtype)  # fmt: skip
     found = search_s3(settings, out)
     for line in lines_of(found, out) if found else ():
+        typer.echo(line)
+
+
+@search.command("autodiffusion")
+def search_autodiffusion_(
+    model: Model,
+    nfe: Nfe = None,
+    max_drop: Annotated[float, typer.Option(help="Largest part of the layers dropped at a step.")] = 0.3,
+    solver: Annotated[str, typer.Option(help="dpm++2m, unipc2, ddim, ...")] = "dpm++2m",
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    images: SearchImages = 32,
+    budget: Budget = 300,
+    seed: Seed = 0,
+    objective: Objective = "distance",
+    protocol: Protocol = "offline",
+    reference: Reference = None,
+    engine: Engine = "evolution",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for the schedules.")] = Path("out/autodiffusion"),
+) -> None:
+    """Searches timesteps, and layers to leave out, within the work of NFE evaluations."""
+    from .search import Settings, layer_lines, search_layers
+
+    budgets = tuple(nfe or (5,))
+    settings = Settings(model, budgets, guidance, prompts, images, budget, seed, objective, protocol,
+                        reference, engine, device, dtype)  # fmt: skip
+    found = search_layers(settings, out, max_drop, solver)
+    for line in layer_lines(found, budgets, out) if found else ():
         typer.echo(line)
 
 

@@ -30,8 +30,8 @@ def fid(generated: Path, reference: Path, protocol_name: str, metrics: Sequence[
         check_output(out.parent)
     extractor = Extractor(protocol(protocol_name), device, bf16)
     with counting("images") as advance:
-        record = measure(_data(generated), _data(reference), extractor, names, count=count, batch=batch,
-                         mixed=mixed, advance=advance)  # fmt: skip
+        record = measure(reference_data(generated), reference_data(reference), extractor, names, count=count,
+                         batch=batch, mixed=mixed, advance=advance)  # fmt: skip
     if out is not None:
         write_files(out.parent, {out.name: json.dumps(record, indent=1, allow_nan=False)})
     return record
@@ -73,13 +73,20 @@ def stats(data: Path, protocol_name: str, features: bool, spatial: bool, count: 
     with counting("images") as advance:
         keep = ("features",) if features else ()
         found = statistics_of(
-            _data(data), extractor, keep, spatial, count=count, batch=batch, mixed=mixed, advance=advance
+            reference_data(data),
+            extractor,
+            keep,
+            spatial,
+            count=count,
+            batch=batch,
+            mixed=mixed,
+            advance=advance,
         )
     save_statistics(found, out)
     kept = ", with the features of each image" if features else ""
     return f"{found.count} images under the protocol {protocol_name}{kept}: {out}"
 
 
-def _data(path: Path) -> Any:
+def reference_data(path: Path) -> Any:
     """Returns a path, or the reference images of a model of the zoo where there is no such path."""
     return zoo.reference()[0] if str(path) in zoo.names() and not path.exists() else path

@@ -1,33 +1,40 @@
-"""``diffaccel search s3``: schedules of few evaluations for a model."""
+"""``diffaccel search s3`` and ``search autodiffusion``: schedules of few evaluations for a model."""
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import OptionError, closest
+from ..eval import Extractor, protocol
 from ..eval.provenance import plain, versions
 from ..eval.sampler import default_conditions
+from ..eval.scoring import reference_of
+from ..samplers.autodiffusion import LayerSearch
 from ..samplers.family import solver_of
+from ..samplers.objective import FrechetScore, Score, distance
 from ..samplers.s3 import Search
 from ..samplers.schedule import Schedule, load_schedules
+from ..samplers.thinning import ThinnedSchedule
 from ..zoo.folders import quiet
 from .evaluate import processes
 from .generate import load
 from .reading import check_options, read_prompts
+from .scoring import reference_data
 from .writing import check_output, counting, write_files
 
-__all__ = ["Settings", "lines_of", "search_s3"]
+__all__ = ["OBJECTIVES", "Settings", "layer_lines", "lines_of", "search_layers", "search_s3"]
+
+OBJECTIVES = ("distance", "fd")
 
 FILE = "schedules.json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a search, as the command names them."""
+    """The options that all searches share, as the commands name them."""
 
     model: str
     nfe: tuple[int, ...] = (5,)
@@ -36,6 +43,10 @@ class Settings:
     images: int = 32
     budget: int = 300
     seed: int = 0
+    objective: str = "distance"
+    protocol: str = "offline"
+    reference: Path | None = None
+    engine: str = "evolution"
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -53,30 +64,60 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
+    return _search(settings, out, Search, {}, _write_schedules)
+
+
+def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -> list[ThinnedSchedule]:
+    """Searches timesteps and layers to leave out, and writes one ``autodiffusion-N.json`` for each budget.
+
+    Arguments:
+        settings: The settings; ``nfe`` are budgets, in evaluations of the whole network.
+        out: The folder; the states of unfinished searches are in it, too.
+        max_drop: The largest part of the layers that is dropped at a step.
+        solver: What goes from node to node.
+
+    Raises:
+        DiffaccelError: For any mistake in the settings.
+    """
+    return _search(settings, out, LayerSearch, {"max_drop": max_drop, "solver": solver}, _write_layers)
+
+
+def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], write: Any) -> list[Any]:
+    """Runs one search for each number of evaluations, and writes each result."""
     check_options(settings.device, settings.dtype, settings.guidance, None)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    score = _score(settings)
     check_output(out)
     rank, world, wait = processes(settings.device)
-    found: list[Schedule] = []
+    found: list[Any] = []
     objectives: dict[int, Any] = {}
     with quiet([]):
         pipe = load(settings.model, None, settings.device, settings.dtype)
         if prompts is None:
             prompts = default_conditions(settings.model, pipe, 5 * settings.images)
         for evaluations in settings.nfe:
-            search = Search(pipe, evaluations, prompts, settings.guidance, settings.images, settings.budget,
-                            settings.seed, file=out / f"search-{evaluations}.json",
-                            writes=rank == 0, objectives=objectives)  # fmt: skip
-            found.append(_run(search, _share(rank, world)))
+            search = kind(pipe, evaluations, prompts, settings.guidance, settings.images, settings.budget,
+                          settings.seed, file=out / f"search-{evaluations}.json", writes=rank == 0,
+                          objectives=objectives, score=score, engine=settings.engine, **options)  # fmt: skip
+            with counting(f"{evaluations} evaluations", settings.budget) as advance:
+                found.append(search.run(advance, _share(rank, world)))
             if rank == 0:
-                _write(out, pipe, found[-1], settings)
+                facts = {**found[-1].facts, "settings": {**asdict(settings), **options}}
+                write(out, pipe, found[-1], plain({**facts, "versions": versions()}), evaluations)
             wait()
     return found if rank == 0 else []
 
 
-def _run(search: Search, share: Any) -> Schedule:
-    with counting(f"{search.evaluations} evaluations", search.budget) as advance:
-        return search.run(advance, share)
+def _score(settings: Settings) -> Score:
+    """Returns what scores the images of a candidate."""
+    if settings.objective not in OBJECTIVES:
+        raise OptionError(f"no objective {settings.objective!r}; {closest(settings.objective, OBJECTIVES)}")
+    if settings.objective == "distance":
+        return distance
+    if settings.reference is None:
+        raise OptionError("the objective fd needs --reference, images or statistics; not those of the report")
+    extractor = Extractor(protocol(settings.protocol), settings.device)
+    return FrechetScore(extractor, reference_of(reference_data(settings.reference), extractor, ["fid"]))
 
 
 def _share(rank: int, world: int) -> Any:
@@ -92,10 +133,9 @@ def _share(rank: int, world: int) -> Any:
     return share
 
 
-def _write(out: Path, pipe: Any, winner: Schedule, settings: Settings) -> None:
+def _write_schedules(out: Path, pipe: Any, winner: Schedule, facts: Any, evaluations: int) -> None:
     known = {schedule.evaluations: schedule for schedule in _known(out)}
-    facts = {**winner.facts, "settings": asdict(settings), "versions": versions()}
-    known[winner.evaluations] = Schedule.from_dict({**winner.to_dict(), "facts": plain(facts)})
+    known[evaluations] = replace(winner, facts=facts)
     schedules = [known[count].to_dict() for count in sorted(known)]
     with tempfile.TemporaryDirectory() as folder:
         solver_of(pipe.scheduler, schedules=schedules).save_pretrained(folder)
@@ -103,26 +143,37 @@ def _write(out: Path, pipe: Any, winner: Schedule, settings: Settings) -> None:
     write_files(out, {"scheduler_config.json": config, FILE: json.dumps(schedules, indent=1)})
 
 
+def _write_layers(out: Path, pipe: Any, winner: ThinnedSchedule, facts: Any, evaluations: int) -> None:
+    text = json.dumps(replace(winner, facts=facts).to_dict(), indent=1)
+    write_files(out, {f"autodiffusion-{evaluations}.json": text})
+
+
 def _known(out: Path) -> list[Schedule]:
     return load_schedules(out / FILE) if (out / FILE).is_file() else []
 
 
-def lines_of(schedules: list[Schedule], out: Path) -> list[str]:
-    """Returns what was found as lines of text.
+def lines_of(found: list[Schedule], out: Path) -> list[str]:
+    """Returns what was found by `search_s3` as lines of text."""
+    lines = [f"{schedule.evaluations} evaluations: {_compared(schedule.facts)}" for schedule in found]
+    return [*lines, f'scheduler: {out / "scheduler_config.json"}; use accel="s3:{out / FILE}"']
 
-    Raises:
-        OptionError: If a schedule tells nothing of its search.
-    """
+
+def layer_lines(found: list[ThinnedSchedule], budgets: tuple[int, ...], out: Path) -> list[str]:
+    """Returns what was found by `search_layers` as lines of text."""
     lines = []
-    for schedule in schedules:
-        facts = schedule.facts
-        if "held_out" not in facts:
-            raise OptionError("a schedule without the facts of its search")
-        known = facts["held_out_of_known_solvers"]
-        best = min(known, key=known.__getitem__)
+    for budget, thinned in zip(budgets, found, strict=True):
+        steps, dropped = thinned.schedule.evaluations, sum(map(len, thinned.dropped))
         lines.append(
-            f"{schedule.evaluations} evaluations: distance {facts['held_out']:.5f} on held-out noise, "
-            f"{100 * facts['held_out'] / known[best]:.0f} % of {best} on its best grid ({known[best]:.5f})"
+            f"{steps} steps, {dropped} layers left out, the work of {thinned.facts['cost']:.2f} evaluations: "
+            f"{_compared(thinned.facts)}"
         )
-    lines.append(f'scheduler: {out}{os.sep}scheduler_config.json; use accel="s3:{out / FILE}"')
+        lines.append(f'use accel="autodiffusion:{out / f"autodiffusion-{budget}.json"}"')
     return lines
+
+
+def _compared(facts: dict[str, Any]) -> str:
+    """Returns the score of a winner and of the best known solver."""
+    known = facts["held_out_of_known_solvers"]
+    best = min(known, key=known.__getitem__)
+    return (f"score {facts['held_out']:.5f} on held-out noise, {100 * facts['held_out'] / known[best]:.0f} % "
+            f"of {best} on its best grid ({known[best]:.5f})")  # fmt: skip

@@ -28,6 +28,7 @@ __all__ = [
     "clock_outside",
     "count_calls",
     "count_flops",
+    "flops_by_module",
     "interleave",
     "order_of",
     "peak_memory",
@@ -182,9 +183,14 @@ def count_flops(task: Callable[[], Any]) -> int:
     torch does not count its fused kernels on CPU. All of a causal or masked attention counts, and compiled
     modules count as they would uncompiled.
     """
+    return flops_by_module(task).get("Global", 0)
+
+
+def flops_by_module(task: Callable[[], Any]) -> dict[str, int]:
+    """Returns what `count_flops` counts by module: ``Class.name`` from the outermost module's class on."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         task()
-    return int(counter.get_total_flops())
+    return {name: int(sum(found.values())) for name, found in counter.get_flop_counts().items()}
 
 
 @dataclass

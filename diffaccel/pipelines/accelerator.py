@@ -53,6 +53,9 @@ class Accelerator:
     exclusive: ClassVar[str] = ""
     """The kind: "guidance", "skip", "solver", "blocks" or ""; one of a kind in a stack, ordered by kinds."""
 
+    shorthand: ClassVar[str] = ""
+    """The option that ``"name:value"`` sets, in the place of a preset."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the subclass by its name.
 
@@ -80,12 +83,14 @@ class Accelerator:
 
     @classmethod
     def create(cls, preset: str = "", /, **options: Any) -> Self:
-        """Creates the accelerator from a preset, some options of which are replaced.
+        """Creates the accelerator from a preset, or from its `shorthand`; some options are replaced.
 
         Raises:
             UnknownAccelerator: If the preset is unknown.
             OptionError: If an option is unknown or has a wrong value.
         """
+        if preset and cls.shorthand:
+            preset, options = "", {cls.shorthand: preset, **options}
         if preset and preset not in cls.presets:
             raise UnknownAccelerator(f"{cls.name} has no preset {preset!r}; {closest(preset, cls.presets)}")
         known = [field.name for field in dataclasses.fields(cls)]

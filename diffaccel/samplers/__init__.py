@@ -10,17 +10,20 @@ from .grids import GRIDS
 from .presets import SOLVERS, solver_schedule
 from .schedule import Schedule, ScheduleError, Step, load_schedules
 from .searched import S3
+from .thinning import AutoDiffusion, ThinnedSchedule
 from .unified import UnifiedSolverScheduler
 
 __all__ = [
     "GRIDS",
     "S3",
     "SOLVERS",
+    "AutoDiffusion",
     "FewStep",
     "Schedule",
     "ScheduleError",
     "SchedulerMixin",
     "Step",
+    "ThinnedSchedule",
     "UnifiedSolverScheduler",
     "load_schedules",
     "solver_schedule",

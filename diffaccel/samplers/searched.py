@@ -1,10 +1,9 @@
 """Searched schedules as an accelerator: ``pipe.to(accel="s3")`` or ``pipe.to(accel="s3:FILE")``."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from ..errors import DiffaccelError, UnsupportedPipeline
 from ..pipelines.accelerator import Accelerator, option
@@ -71,15 +70,11 @@ class S3(Accelerator):
     """
 
     name: ClassVar[str] = "s3"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     exclusive: ClassVar[str] = "solver"
 
-    file: str = option("")
+    shorthand: ClassVar[str] = "file"
 
-    @classmethod
-    def create(cls, preset: str = "", /, **options: Any) -> Self:
-        """Creates the accelerator; what stands after the colon is the file."""
-        return super().create("", **({"file": preset} if preset else {}), **options)
+    file: str = option("")
 
     def check(self, pipe: Any) -> str | None:
         """Returns why no schedule fits the pipeline."""

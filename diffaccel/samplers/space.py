@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError
-from ..search import Space
+from ..search import Choices, Space
 from .grids import GRIDS, grid
 from .paths import TrainingPath
 from .presets import solver_schedule
@@ -26,6 +26,13 @@ SMALLEST_GAP = 1.02
 """Neighboring nodes have ratios at least this factor apart."""
 RATE = 0.12
 """The chance of each decision to change."""
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {}, *({"order": order} for order in (1, 2, 3)), *({"prediction": kind} for kind in PREDICTIONS),
+    *({"scaling": kind} for kind in SCALINGS), {"corrector": True}, {"corrector": False},
+    {"relaxation": 0.1}, {"relaxation": -0.1},
+)  # fmt: skip
+"""What an engine that chooses decisions one by one can do to a step."""
 
 WARM = {  # training times of searched schedules of Stable Diffusion, in parts of the noisiest
     5: (1.0, 0.735, 0.523, 0.316, 0.204),
@@ -42,22 +49,24 @@ class ScheduleSpace(Space[Schedule]):
         analytic: Whether the first evaluation may be replaced, which pipelines that do not scale the
             network's input cannot do.
         std: The data's standard deviation, of the prediction "theta".
+        warm: Further grids of nodes that the search begins with.
     """
 
-    def __init__(self, path: TrainingPath, evaluations: int, analytic: bool = True, std: float = 0.5) -> None:
+    def __init__(self, path: TrainingPath, evaluations: int, analytic: bool = True, std: float = 0.5,
+                 warm: Sequence[tuple[float, ...]] = ()) -> None:  # fmt: skip
         if evaluations < 2:
             raise OptionError(f"a search needs at least 2 evaluations, not {evaluations}")
         self.path, self.evaluations, self.analytic, self.std = path, evaluations, analytic, std
+        self.warm = list(warm)
+        if evaluations in WARM:
+            times = [part * path.last_time for part in WARM[evaluations]]
+            self.warm.append((*(path.ratio(time) for time in times), 0.0))
 
     def seeds(self) -> list[Schedule]:
-        """Returns the known solvers on the known grids, and those of published searches."""
+        """Returns the known solvers on the known grids, those of published searches, and warm ones."""
         solvers = ("dpm++2m", "unipc2", "deis2", "theta2", "dpm++3m")
         found = [schedule for solver in solvers for schedule in self.known(solver)]
-        if self.evaluations in WARM:
-            times = [part * self.path.last_time for part in WARM[self.evaluations]]
-            sigmas = (*(self.path.ratio(time) for time in times), 0.0)
-            found += [solver_schedule(solver, sigmas) for solver in ("dpm++2m", "unipc2")]
-        return found
+        return found + [solver_schedule(solver, sigmas) for sigmas in self.warm for solver in solvers[:2]]
 
     def known(self, solver: str) -> list[Schedule]:
         """Returns a known solver on each of the grids."""
@@ -109,6 +118,18 @@ class ScheduleSpace(Space[Schedule]):
                 share = rng.random()
                 logs = [share * x + (1 - share) * y for x, y in zip(logs, self._logs(b), strict=True)]
         return self._legal(logs, steps, a.analytic_first, rng.choice((a.std, b.std)))
+
+    def choose(self, choices: Choices) -> Schedule:
+        """Returns one of the seeds, its nodes moved and one decision or none changed at each step."""
+        seeds = self.seeds()
+        seed = seeds[choices.choice("seed", len(seeds))]
+        logs = self._logs(seed)
+        width = (logs[0] - logs[-1]) / max(len(logs), 2)
+        moved = [logs[0], *(log + choices.number(f"move {n}", -width, width)
+                            for n, log in enumerate(logs[1:], 1))]  # fmt: skip
+        steps = [replace(step, **CHANGES[choices.choice(f"change {n}", len(CHANGES))])
+                 for n, step in enumerate(seed.steps)]  # fmt: skip
+        return self._legal(moved, steps, seed.analytic_first, seed.std)
 
     def moved(self, schedule: Schedule, moves: Sequence[float]) -> Schedule:
         """Returns a schedule whose nodes but the first and the last are moved.

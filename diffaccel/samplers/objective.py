@@ -1,0 +1,116 @@
+"""What a search minimizes: a score of the images that a candidate makes, on fixed conditions and noise.
+
+The distance to the model's fine solution is some hundred times cheaper and smoother than a Fréchet distance,
+and needs no reference images; `FrechetScore` is for those who want the latter.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..eval import Extractor, Statistics, collect, open_images
+from ..eval.sampler import Sampler
+from ..pipelines import accelerate
+from .family import solver_of
+from .fitting import FittingScheduler, RecordingScheduler
+from .grids import grid
+from .presets import solver_schedule
+from .schedule import Schedule
+from .thinning import AutoDiffusion, ThinnedSchedule
+
+__all__ = ["FrechetScore", "Objective", "Score", "distance", "fine_schedule"]
+
+Score = Callable[[Tensor, Tensor], float]
+"""Scores images (N, 3, H, W) in [0, 1], given those of the fine solution; less is better."""
+
+
+def distance(images: Tensor, fine: Tensor) -> float:
+    """Returns the root mean square distance of images to the fine solution's."""
+    return float((images - fine).double().square().mean().sqrt())
+
+
+class FrechetScore:
+    """The Fréchet distance of images to a reference; the fine solution is not looked at.
+
+    It is biased by the number of images, equally for all candidates. Compare with the reference of the final
+    report only if that is another one.
+
+    Arguments:
+        extractor: What makes features of images.
+        reference: The statistics of the reference, made by the same protocol.
+    """
+
+    def __init__(self, extractor: Extractor, reference: Statistics) -> None:
+        self.extractor, self.reference = extractor, reference.reference
+
+    def __call__(self, images: Tensor, fine: Tensor) -> float:
+        """Returns the distance."""
+        found = collect(open_images(images.clamp(0, 1)), self.extractor)
+        return float(found.frechet(self.reference).distance)
+
+
+def fine_schedule(pipe: Any, steps: int) -> Schedule:
+    """Returns the schedule of a model's fine solution: UniPC of order 3, on the grid that suits its path."""
+    path = solver_of(pipe.scheduler).path
+    return solver_schedule("unipc3", grid("trailing" if path.is_flow else "log_snr", steps, path))
+
+
+class Objective:
+    """The score of a candidate's images; of all candidates on the same conditions and noise.
+
+    Arguments:
+        pipe: The pipeline, plain.
+        conditions: Prompts or labels; nothing for an unconditional pipeline.
+        guidance: The guidance scale; None for the pipeline's own.
+        seed: The seed of the first image's noise.
+        count: The number of images.
+        batch: Images a call; those that steps are fitted to must go through the network at once, the default.
+        steps: The steps of the fine solution.
+        score: What scores the images.
+    """
+
+    def __init__(self, pipe: Any, conditions: Sequence[str], guidance: float | None, seed: int, count: int,
+                 batch: int | None = None, steps: int = 100, score: Score = distance) -> None:  # fmt: skip
+        self.pipe, self.batch, self.score = pipe, batch or count, score
+        self.sampler = Sampler(pipe, conditions[:count], steps, guidance, seed, count)
+        solver = self._solver(fine_schedule(pipe, steps), RecordingScheduler)
+        self.fine = self._images(solver, steps)
+        self.trajectory = solver.trajectory
+
+    def _solver(self, schedule: Schedule, cls: Any) -> Any:
+        return solver_of(self.pipe.scheduler, cls, schedules=[schedule.to_dict()])
+
+    def _images(self, solver: Any, evaluations: int) -> Tensor:
+        """Returns the images of a solver, with shape (N, 3, H, W)."""
+        before = self.pipe.scheduler
+        self.pipe.scheduler = solver
+        try:
+            return self.sampler(evaluations, self.batch)
+        finally:
+            self.pipe.scheduler = before
+
+    def _score(self, images: Tensor) -> float:
+        if not bool(images.isfinite().all()):
+            return math.inf
+        score = self.score(images, self.fine)
+        return score if math.isfinite(score) else math.inf
+
+    def __call__(self, candidate: Schedule | ThinnedSchedule) -> float:
+        """Returns the score of a candidate's images; infinite if they are not finite."""
+        if isinstance(candidate, Schedule):
+            solver = solver_of(self.pipe.scheduler, schedules=[candidate.to_dict()])
+            return self._score(self._images(solver, candidate.evaluations))
+        accelerate(self.pipe, AutoDiffusion.of(candidate))
+        try:
+            return self._score(self.sampler(candidate.schedule.evaluations, self.batch))
+        finally:
+            accelerate(self.pipe, None)
+
+    def fit(self, schedule: Schedule) -> tuple[float, Schedule]:
+        """Fits the steps of a schedule to the fine solution; returns the score then, and the schedule."""
+        solver = self._solver(schedule, FittingScheduler)
+        solver.teacher = self.trajectory
+        score = self._score(self._images(solver, schedule.evaluations))
+        return score, (solver.fitted if math.isfinite(score) else schedule)

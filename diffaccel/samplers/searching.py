@@ -1,0 +1,219 @@
+"""A search on a pipeline, from its first candidate to a winner that is reported on noise it has not seen.
+
+All candidates see the same conditions and noise; the best are scored again on others, and the winner is
+reported on a third set. A search can be stopped and goes on from its file.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ..errors import OptionError, closest
+from ..files import whole
+from ..search import Engine, Evolution, Space
+from .family import family_of
+from .objective import Objective, Score, distance
+
+__all__ = ["ENGINES", "PipelineSearch", "Share"]
+
+G = TypeVar("G")
+S = TypeVar("S", bound=Space[Any])
+
+Share = Callable[[list[Any], Callable[[Any], Any]], list[Any]]
+"""What applies a function to candidates, in one process or in several."""
+
+ENGINES = ("evolution", "optuna")
+TOP = 6
+"""The candidates that are scored again."""
+
+
+@dataclass
+class PipelineSearch(ABC, Generic[G, S]):
+    """One search.
+
+    Arguments:
+        pipe: The pipeline, plain.
+        evaluations: The number of the network's evaluations.
+        conditions: Prompts or labels of all images.
+        guidance: The guidance scale; None for the pipeline's own.
+        images: Images of the objective, which go through the network at once; a second and a third set of
+            others have twice as many.
+        budget: Candidates to score.
+        seed: Decides everything.
+        batch: Candidates between two trainings of the ranking.
+        file: Where the state is kept; None keeps none.
+        writes: Whether this process keeps it; of several, one does.
+        objectives: Objectives that a search with other evaluations but the same images has made, by number.
+        score: What scores a candidate's images.
+        engine: "evolution", or "optuna" (its sampler of trees of Parzen estimators), which is an extra.
+    """
+
+    RECORDED: ClassVar[tuple[str, ...]] = (
+        "evaluations", "guidance", "images", "seed", "budget", "batch", "engine",
+    )  # fmt: skip
+    """The settings that a search goes on with only if they are the same."""
+
+    pipe: Any
+    evaluations: int
+    conditions: Sequence[str]
+    guidance: float | None = None
+    images: int = 32
+    budget: int = 300
+    seed: int = 0
+    batch: int = 8
+    file: Path | None = None
+    writes: bool = True
+    objectives: dict[int, Objective] = field(default_factory=dict, repr=False)
+    score: Score = distance
+    engine: str = "evolution"
+
+    def __post_init__(self) -> None:
+        """Checks the settings.
+
+        Raises:
+            OptionError: If a number makes no sense, or a library is missing.
+        """
+        if self.images < 1 or self.budget < 1 or self.batch < 1:
+            raise OptionError("a search needs at least 1 image, 1 candidate and a batch of 1")
+        if self.engine not in ENGINES:
+            raise OptionError(f"no engine {self.engine!r}; {closest(self.engine, ENGINES)}")
+        if self.engine == "optuna":
+            from ..optuna_engine import optuna_library
+
+            optuna_library()
+
+    def _begin(self) -> None:
+        """Makes the space and the engine, and goes on from the file."""
+        state = self.load()
+        self.space = self.make_space()
+        self.candidates: Engine[G] = Evolution(self.space, self.seed)
+        if self.engine == "optuna":
+            from ..optuna_engine import OptunaEngine
+
+            self.candidates = OptunaEngine(self.space, self.seed)
+        if state is not None:
+            self.load_state(state)
+
+    @abstractmethod
+    def make_space(self) -> S:
+        """Returns what is searched."""
+
+    @abstractmethod
+    def known(self) -> dict[str, G]:
+        """Returns the candidates that the report compares the winner with."""
+
+    @abstractmethod
+    def with_facts(self, winner: G, facts: dict[str, Any]) -> G:
+        """Returns the winner with the report in its facts."""
+
+    def prepare(self) -> None:
+        """Is called before the engine is asked for candidates."""
+
+    def refine(self, share: Share, advance: Callable[[int], None]) -> list[tuple[float, G]]:
+        """Goes on where the engine ends; returns further scored candidates."""
+        return []
+
+    @property
+    def searched(self) -> int:
+        """The part of the budget that the engine has."""
+        return self.budget
+
+    def objective(self, part: int) -> Objective:
+        """Returns the objective on the first, second or third set of conditions and noise."""
+        sizes = (self.images, 2 * self.images, 2 * self.images)
+        start, count = sum(sizes[:part]), sizes[part]
+        numbers = range(start, start + count)
+        conditions = self.conditions and [self.conditions[n % len(self.conditions)] for n in numbers]
+        seed = self.seed * 1_000_003 + 7_000_000 + start
+        if part not in self.objectives:
+            made = Objective(self.pipe, conditions, self.guidance, seed, count, self.images, score=self.score)
+            self.objectives[part] = made
+        return self.objectives[part]
+
+    def run(self, advance: Callable[[int], None] = lambda count: None, share: Share | None = None) -> G:
+        """Searches, scores the best again, and returns the winner with a report in its facts.
+
+        Arguments:
+            advance: Told the number of candidates that were scored.
+            share: Scores candidates in several processes; by default this one scores them all.
+        """
+        share = share or (lambda candidates, function: [function(candidate) for candidate in candidates])
+        self._begin()
+        advance(self.done)
+        objective = self.objective(0)
+        while len(self.candidates.scored) < self.searched:
+            self.prepare()
+            candidates = self.candidates.ask(min(self.batch, self.searched - len(self.candidates.scored)))
+            if not candidates:
+                break
+            self.candidates.tell(candidates, share(candidates, objective))
+            self.save()
+            advance(len(candidates))
+        return self._winner(self.refine(share, advance), share)
+
+    def _winner(self, refined: list[tuple[float, G]], share: Share) -> G:
+        scored = [(entry.score, entry.candidate) for entry in self.candidates.best[:TOP]]
+        scored += sorted(refined, key=lambda result: result[0])[:TOP]
+        again = share([candidate for _, candidate in scored], self.objective(1))
+        place = min(range(len(scored)), key=again.__getitem__)
+        held_out, known = self.objective(2), self.known()
+        report = dict(zip(known, share(list(known.values()), held_out), strict=True))
+        value, winner = scored[place]
+        facts = {
+            "family": family_of(self.pipe), "guidance": self.guidance, "images": self.images,
+            "seed": self.seed, "engine": self.engine, "candidates": self.done, "distance": value,
+            "again": again[place], "held_out": share([winner], held_out)[0],
+            "held_out_of_known_solvers": report,
+        }  # fmt: skip
+        return self.with_facts(winner, facts)
+
+    @property
+    def done(self) -> int:
+        """The number of candidates that were scored."""
+        return len(self.candidates.scored)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the search goes on from, as plain data."""
+        return self.candidates.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Returns to a saved state."""
+        self.candidates.load_state_dict(state)
+
+    def _facts(self) -> dict[str, Any]:
+        chosen = {name: getattr(self, name) for name in self.RECORDED}
+        return {**chosen, "family": family_of(self.pipe), "conditions": list(self.conditions),
+                "score": getattr(self.score, "__name__", type(self.score).__name__)}  # fmt: skip
+
+    def save(self) -> None:
+        """Writes the state, if there is a file for it."""
+        if self.file is None or not self.writes:
+            return
+        with whole(self.file) as temporary:
+            temporary.write_text(json.dumps({"facts": self._facts(), **self.state()}), encoding="utf-8")
+
+    def load(self) -> dict[str, Any] | None:
+        """Returns the state in the file, if there is one.
+
+        Raises:
+            OptionError: If it is that of another search.
+        """
+        if self.file is None or not self.file.exists():
+            return None
+        try:
+            state: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+            facts = state.pop("facts")
+        except (OSError, ValueError, KeyError) as error:
+            raise OptionError(
+                f"cannot read the search {str(self.file)!r}: {error}; remove it to begin anew"
+            ) from None
+        ours = json.loads(json.dumps(self._facts()))
+        if different := [key for key in ours if facts.get(key) != ours[key]]:
+            raise OptionError(
+                f"{str(self.file)!r} is another search: {different[0]} is {facts.get(different[0])!r}, "
+                f"now {ours[different[0]]!r}"
+            )
+        return state
