@@ -2,15 +2,18 @@
 
 ``python benchmarks/few_evaluations.py tiny-fashion-sd --nfe 5 6`` writes ``s3-tiny-fashion-sd.json`` here:
 the distance of the images to the fine solution, and the Fréchet distance to the zoo's reference images with
-the paired difference to S3.
+the paired difference to S3. It goes on where it was stopped: what is measured is kept in ``--work``.
 """
 
 import argparse
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from diffaccel import accelerate, zoo
@@ -21,8 +24,12 @@ from diffaccel.eval import Extractor, Sampler, Statistics, collect, open_images,
 from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
+from diffaccel.files import whole
+from diffaccel.samplers import Schedule, solver_schedule
 from diffaccel.samplers.family import solver_of
-from diffaccel.samplers.objective import fine_schedule
+from diffaccel.samplers.gits import gits_grids
+from diffaccel.samplers.objective import Objective, fine_schedule
+from diffaccel.samplers.searched import fitting
 from diffaccel.zoo.folders import quiet
 
 FOLDER = Path(__file__).parent
@@ -46,8 +53,10 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 class Runs:
     """Images of one model by several schedulers, and their scores."""
 
-    def __init__(self, model: str, guidance: float, count: int, batch: int) -> None:
+    def __init__(self, model: str, guidance: float, count: int, batch: int, work: Path) -> None:
         self.model, self.batch, self.count = model, batch, count
+        self.work = work / f"{model}-{count}-{guidance}"
+        self.work.mkdir(parents=True, exist_ok=True)
         with quiet([]):
             self.pipe: Any = zoo.load(model)
         self.pipe.set_progress_bar_config(disable=True)
@@ -57,9 +66,27 @@ class Runs:
         self.extractor = Extractor(protocol("fashion"))
         images, _ = zoo.reference()
         self.reference = self.statistics(images).reference
-        self.pipe.scheduler = solver_of(self.plain, schedules=[fine_schedule(self.pipe, 100).to_dict()])
-        self.fine = self.sampler(100, batch)
-        self.pipe.scheduler = self.plain
+        self.fine = torch.from_numpy(self._kept("fine", self._fine)["images"])
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns what was measured under a name, measured now if it was not."""
+        file = self.work / f"{name}.npz"
+        if not file.exists():
+            with whole(file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **make())
+        with np.load(file) as found:
+            return {key: found[key] if found[key].ndim else float(found[key]) for key in found.files}
+
+    def _fine(self) -> dict[str, Any]:
+        """Returns the images of the fine solution."""
+        return {"images": self._solved(fine_schedule(self.pipe, 100), 100).numpy()}
+
+    def _solved(self, schedule: Schedule, steps: int) -> torch.Tensor:
+        self.pipe.scheduler = solver_of(self.plain, schedules=[schedule.to_dict()])
+        try:
+            return self.sampler(steps, self.batch)
+        finally:
+            self.pipe.scheduler = self.plain
 
     def statistics(self, images: torch.Tensor) -> Statistics:
         """Returns the statistics of images, the features among them."""
@@ -75,35 +102,64 @@ class Runs:
 
     def s3(self, steps: int, file: str) -> dict[str, Any]:
         """Returns the scores of the searched schedule."""
-        accelerate(self.pipe, f"s3:{file}" if file else "s3")
-        try:
-            return self.score(self.sampler(steps, self.batch))
-        finally:
-            accelerate(self.pipe, None)
+
+        def make() -> dict[str, Any]:
+            accelerate(self.pipe, f"s3:{file}" if file else "s3")
+            try:
+                return self.score(self.sampler(steps, self.batch))
+            finally:
+                accelerate(self.pipe, None)
+
+        schedules = fitting(self.pipe, file)
+        text = json.dumps([schedule.to_dict() for schedule in schedules if schedule.evaluations == steps])
+        return self._kept(f"s3-{steps}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", make)
+
+    def gits(self, steps: int, solver: str) -> dict[str, Any]:
+        """Returns the scores of a known solver on the best of GITS' grids; chosen on noise of the search."""
+
+        def make() -> dict[str, Any]:
+            conditions = default_conditions(self.model, self.pipe, 64)
+            search = Objective(self.pipe, conditions, self.sampler.guidance, 7_000_000, 64)
+            grids = gits_grids(search.trajectory, solver_of(self.plain).path, steps)
+            best = min((solver_schedule(solver, nodes) for nodes in grids), key=search)
+            return self.score(self._solved(best, steps))
+
+        return self._kept(f"gits-{solver}-{steps}", make)
 
     def known(self, name: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
         """Returns the scores of one of diffusers' schedulers."""
-        try:
-            set_scheduler(self.pipe, f"{name}Scheduler")
-            cls = getattr(diffusers, f"{name}Scheduler")
-            with quiet([]):
-                self.pipe.scheduler = cls.from_config(self.pipe.scheduler.config, **options)
-            return self.score(self.sampler(steps, self.batch))
-        finally:
-            self.pipe.scheduler = self.plain
+
+        def make() -> dict[str, Any]:
+            try:
+                set_scheduler(self.pipe, f"{name}Scheduler")
+                cls = getattr(diffusers, f"{name}Scheduler")
+                with quiet([]):
+                    self.pipe.scheduler = cls.from_config(self.pipe.scheduler.config, **options)
+                return self.score(self.sampler(steps, self.batch))
+            finally:
+                self.pipe.scheduler = self.plain
+
+        return self._kept(f"{label_of(name, options)}-{steps}", make)
 
 
 def compare(runs: Runs, steps: int, file: str) -> list[dict[str, Any]]:
     """Returns the rows of one number of evaluations, S3 first."""
     ours = runs.s3(steps, file)
     rows = [row_of("S3", steps, ours, ours)]
+    rows += [row_of(f"{solver} on GITS' grid", steps, runs.gits(steps, solver), ours)
+             for solver in ("dpm++2m", "unipc2")]  # fmt: skip
     for name, options in SCHEDULERS:
-        label = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        label = label_of(name, options)
         try:
             rows.append(row_of(label, steps, runs.known(name, options, steps), ours))
         except (DiffaccelError, ValueError, RuntimeError, IndexError) as error:
             print(f"{label}: {' '.join(str(error).split())[:100]}")
     return rows
+
+
+def label_of(name: str, options: dict[str, Any]) -> str:
+    """Returns the name of a row."""
+    return ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
 
 
 def row_of(label: str, steps: int, found: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
@@ -128,14 +184,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
+    parser.add_argument("--work", type=Path, default=Path("out/few"), help="folder of what is measured")
     arguments = parser.parse_args()
-    runs = Runs(arguments.model, arguments.guidance, arguments.n, arguments.batch)
-    rows = [row for steps in arguments.nfe for row in compare(runs, steps, arguments.file)]
-    record = {
-        "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
-        "rows": rows, "protocol": "fashion", "machine": machine(torch.device("cpu")), "versions": versions(),
-    }  # fmt: skip
-    (FOLDER / f"s3-{arguments.model}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    runs = Runs(arguments.model, arguments.guidance, arguments.n, arguments.batch, arguments.work)
+    rows: list[dict[str, Any]] = []
+    for steps in arguments.nfe:
+        rows += compare(runs, steps, arguments.file)
+        record = {
+            "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
+            "rows": rows, "protocol": "fashion", "machine": machine(torch.device("cpu")), "versions": versions(),
+        }  # fmt: skip
+        with whole(FOLDER / f"s3-{arguments.model}.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
