@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
+from kept import kept
 
 from diffaccel import accelerate, zoo
 from diffaccel.cli.reading import set_scheduler
@@ -56,7 +56,6 @@ class Runs:
     def __init__(self, model: str, guidance: float, count: int, batch: int, work: Path) -> None:
         self.model, self.batch, self.count = model, batch, count
         self.work = work / f"{model}-{count}-{guidance}"
-        self.work.mkdir(parents=True, exist_ok=True)
         with quiet([]):
             self.pipe: Any = zoo.load(model)
         self.pipe.set_progress_bar_config(disable=True)
@@ -70,12 +69,7 @@ class Runs:
 
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns what was measured under a name, measured now if it was not."""
-        file = self.work / f"{name}.npz"
-        if not file.exists():
-            with whole(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **make())
-        with np.load(file) as found:
-            return {key: found[key] if found[key].ndim else float(found[key]) for key in found.files}
+        return kept(self.work / f"{name}.npz", make)
 
     def _fine(self) -> dict[str, Any]:
         """Returns the images of the fine solution."""
@@ -184,7 +178,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
-    parser.add_argument("--work", type=Path, default=Path("out/few"), help="folder of what is measured")
+    parser.add_argument("--work", type=Path, default=Path("out/few"), help="what is measured")
     arguments = parser.parse_args()
     runs = Runs(arguments.model, arguments.guidance, arguments.n, arguments.batch, arguments.work)
     rows: list[dict[str, Any]] = []
@@ -192,7 +186,8 @@ def main() -> None:
         rows += compare(runs, steps, arguments.file)
         record = {
             "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
-            "rows": rows, "protocol": "fashion", "machine": machine(torch.device("cpu")), "versions": versions(),
+            "rows": rows, "protocol": "fashion", "machine": machine(torch.device("cpu")),
+            "versions": versions(),
         }  # fmt: skip
         with whole(FOLDER / f"s3-{arguments.model}.json") as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -19,12 +19,13 @@ from .errors import (
     UnsupportedPipeline,
     UnsupportedScheduler,
 )
-from .pipelines import Accel, Accelerator, Report, Reuse, Sada, accelerate, install
+from .pipelines import APG, Accel, Accelerator, Report, Reuse, Sada, accelerate, install
 from .samplers import S3, AutoDiffusion, FewStep, UnifiedSolverScheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APG",
     "S3",
     "Accel",
     "Accelerator",
