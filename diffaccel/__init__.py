@@ -19,7 +19,7 @@ from .errors import (
     UnsupportedPipeline,
     UnsupportedScheduler,
 )
-from .pipelines import APG, Accel, Accelerator, Report, Reuse, Sada, accelerate, install
+from .pipelines import APG, Accel, Accelerator, FeynmanKacPipeline, Report, Reuse, Sada, accelerate, install
 from .samplers import S3, AutoDiffusion, FewStep, UnifiedSolverScheduler
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "DiffaccelError",
     "DiffusionPipeline",
     "FewStep",
+    "FeynmanKacPipeline",
     "ModelError",
     "OptionError",
     "Report",

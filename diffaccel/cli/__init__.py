@@ -1,4 +1,4 @@
-"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | report``."""
+"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | search | convert | report``."""
 
 import sys
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A name of the zoo, a local pipeline folder, or a hub id.")]
 AccelHelp = "name, name:preset, name(option=value, ...), a+b, or JSON; with other steps: s3@5."
+ProductHelp = "Prompt or label of a product, repeatable; further prompts join it. One image."
 Steps = Annotated[int, typer.Option(min=1, help="Number of inference steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all noise.")]
@@ -52,13 +53,29 @@ def generate_(
     out: Annotated[Path, typer.Option(help="Folder for the images and run.json.")] = Path("out/generate"),
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    product: Annotated[list[str] | None, typer.Option(help=ProductHelp)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample q^(1/T) with particles.")] = None,
+    particles: Annotated[int | None, typer.Option(min=1, help="Particles an image; 8 by default.")] = None,
 ) -> None:
-    """Makes images and a record that makes them again."""
-    from .generate import generate
+    """Makes images and a record that makes them again.
 
-    paths, remarks = generate(
-        model, prompts or [], accel, steps, guidance, seed, scheduler, out, device, dtype
-    )
+    With --product, --temperature or --particles, weighted particles follow the exact density (Feynman-Kac
+    correctors); --guidance is the exact geometric average then, and off by default.
+    """
+    if product or temperature is not None or particles is not None:
+        from .products import PARTICLES, generate_products
+
+        paths, remarks = generate_products(
+            model, product or [], prompts or [], accel, steps, guidance,
+            1.0 if temperature is None else temperature, particles or PARTICLES, seed, scheduler, out,
+            device, dtype,
+        )  # fmt: skip
+    else:
+        from .generate import generate
+
+        paths, remarks = generate(
+            model, prompts or [], accel, steps, guidance, seed, scheduler, out, device, dtype
+        )
     if remarks:
         typer.echo(remarks)
     for path in paths:
@@ -284,6 +301,28 @@ def search_autodiffusion_(
     found = search_layers(settings, out, max_drop, solver)
     for line in layer_lines(found, budgets, out) if found else ():
         typer.echo(line)
+
+
+convert = typer.Typer(help="Turns official checkpoints into pipeline folders.", no_args_is_help=True)
+app.add_typer(convert, name="convert")
+
+
+@convert.callback()
+def convert_() -> None:
+    """Turns official checkpoints into pipeline folders."""
+
+
+@convert.command("mar")
+def convert_mar_(
+    checkpoint: Annotated[Path, typer.Argument(help="The official file, such as checkpoint-last.pth.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    vae: Annotated[Path | None, typer.Option(help="The autoencoder, kl16.ckpt; else latents only.")] = None,
+) -> None:
+    """Writes an official MAR checkpoint as a folder that MARPipeline loads."""
+    from ..pipelines.mar_convert import convert_mar
+
+    convert_mar(checkpoint, out, vae)
+    typer.echo(out)
 
 
 @app.command("report")

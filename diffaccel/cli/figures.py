@@ -1,7 +1,7 @@
 """Pictures: grids of samples, and plots of quality against cost."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["Point", "draw_grid", "draw_plot"]
+__all__ = ["Point", "draw_grid", "draw_particles", "draw_plot"]
 
 COLORS = {"accelerated": "#d2491a", "plain": "#888888"}
 
@@ -93,6 +93,35 @@ def draw_plot(points: Sequence[Point], across: str, up: str, log: bool, less_is_
     axis.grid(alpha=0.25, which="both")
     if axis.has_data():
         axis.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def draw_particles(report: Mapping[str, Any], title: str) -> bytes:
+    """Draws the effective sizes of groups of particles over the steps, and their final weights, as PNG.
+
+    Arguments:
+        report: `FeynmanKacReport.to_dict`.
+        title: What the particles made.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained", width_ratios=(3, 2))
+    count, effective = report["particles"], report["effective"]
+    for group, sizes in enumerate(zip(*effective, strict=True)):
+        left.plot(range(len(sizes)), sizes, color=COLORS["plain"], linewidth=1)
+        steps = [step for step, other in report["events"] if other == group]
+        left.plot(steps, [sizes[step] for step in steps], "o", color=COLORS["accelerated"], markersize=4)
+    left.plot([], [], "o", color=COLORS["accelerated"], markersize=4, label="resampled")
+    threshold = report["settings"]["ess_threshold"] * count
+    left.axhline(threshold, color="#222222", linewidth=0.8, linestyle=":", label="threshold")
+    left.set(xlabel="step", ylabel=f"effective size of {count}", ylim=(0, 1.05 * count), title=title)
+    left.legend(frameon=False, fontsize=8)
+    for group, weights in enumerate(report["weights"]):
+        places = [particle + (group + 0.5) / len(report["weights"]) for particle in range(count)]
+        right.bar(places, sorted(weights, reverse=True), width=0.8 / len(report["weights"]),
+                  color=COLORS["accelerated"])  # fmt: skip
+    right.axhline(1 / count, color="#222222", linewidth=0.8, linestyle=":")
+    right.set(xlabel="particle, by weight", ylabel="final weight", xticks=[], ylim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
     return _png(figure)
 
 

@@ -1,7 +1,9 @@
 """``diffaccel generate``: images, and a record that makes them again."""
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..zoo.folders import quiet
 from .reading import DTYPES, check_options, read_accel, set_scheduler
 from .writing import StepBar, check_output, progress_bar, write_files
 
-__all__ = ["generate", "load"]
+__all__ = ["check_finite", "generate", "load", "png", "record_of", "watched"]
 
 
 def load(model: str, scheduler: str | None, device: str, dtype: str) -> Any:
@@ -63,23 +65,49 @@ def generate(
             accelerate(pipe, spec)
         sampler = Sampler(pipe, conditions, steps, guidance, seed)
         images = _sample(pipe, sampler)
-    files: dict[str, str | bytes] = {f"{n:04d}.png": _png(image) for n, image in enumerate(images)}
-    record = {
+    files: dict[str, str | bytes] = {f"{n:04d}.png": png(image) for n, image in enumerate(images)}
+    settings = {
         "model": model, "conditions": conditions, "accel": accel, "steps": steps,
         "guidance": sampler.guidance, "seed": seed, "scheduler": scheduler, "device": device, "dtype": dtype,
-        "images": list(files), "pipeline": type(pipe).__name__, "versions": versions(),
-        "scheduler_config": {"class": type(pipe.scheduler).__name__, **dict(pipe.scheduler.config)},
-        "report": sampler.reports[-1][1].to_dict() if sampler.reports else None,
     }  # fmt: skip
-    files["run.json"] = json.dumps(plain(record), indent=1, allow_nan=False)
+    report = sampler.reports[-1][1].to_dict() if sampler.reports else None
+    files["run.json"] = record_of(pipe, settings, list(files), report=report)
     remarks = [*([str(pipe.accel)] if sampler.reports else []), *(f"note: {text}" for text in messages)]
     return write_files(out, files), "\n".join(remarks)
 
 
+def record_of(pipe: Any, settings: Mapping[str, Any], images: list[str], **more: Any) -> str:
+    """Returns the text of ``run.json``.
+
+    Arguments:
+        pipe: The pipeline.
+        settings: The arguments of the command.
+        images: The names of the files.
+        more: Further entries.
+    """
+    record = {
+        **settings, "images": images, "pipeline": type(pipe).__name__, "versions": versions(),
+        "scheduler_config": {"class": type(pipe.scheduler).__name__, **dict(pipe.scheduler.config)}, **more,
+    }  # fmt: skip
+    return json.dumps(plain(record), indent=1, allow_nan=False)
+
+
 def _sample(pipe: Any, sampler: Sampler) -> torch.Tensor:
-    """Returns the images, with a bar that follows the pipeline's steps."""
+    with watched(pipe, f"{sampler.count} images", sampler.steps):
+        return check_finite(sampler().clamp(0, 1))
+
+
+@contextlib.contextmanager
+def watched(pipe: Any, what: str, steps: int) -> Iterator[None]:
+    """Shows a progress bar that follows a pipeline's steps.
+
+    Arguments:
+        pipe: The pipeline.
+        what: What is made.
+        steps: The number of steps.
+    """
     with progress_bar() as progress:
-        task = progress.add_task(f"{sampler.count} images", total=sampler.steps)
+        task = progress.add_task(what, total=steps)
 
         def tell(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
@@ -89,15 +117,24 @@ def _sample(pipe: Any, sampler: Sampler) -> torch.Tensor:
 
         pipe.progress_bar = bar
         try:
-            images = sampler().clamp(0, 1)
+            yield
         finally:
             del pipe.progress_bar
+
+
+def check_finite(images: torch.Tensor) -> torch.Tensor:
+    """Returns the images.
+
+    Raises:
+        OptionError: If they are not finite.
+    """
     if not bool(images.isfinite().all()):
         raise OptionError("the images are not finite; use --dtype float32, or less guidance")
     return images
 
 
-def _png(image: torch.Tensor) -> bytes:
+def png(image: torch.Tensor) -> bytes:
+    """Returns an image (C, H, W) in [0, 1] as the content of a PNG file."""
     buffer = io.BytesIO()
     to_pil_image(image.float()).save(buffer, "PNG")
     return buffer.getvalue()

@@ -10,13 +10,14 @@ import jinja2
 
 from ..errors import OptionError, ProtocolMismatch
 from .figures import Point, draw_plot
+from .particles import particle_lines, particle_plots
 from .tables import Lines, Row, bench_lines, eval_lines, label_of
 from .writing import check_output, write_files
 
 __all__ = ["check_comparable", "page", "read_record", "report"]
 
 Record = Mapping[str, Any]
-FILES = ("eval.json", "bench.json", "fid.json")
+FILES = ("eval.json", "bench.json", "fid.json", "run.json")
 SAME = ("protocol", "features", "n", "m")
 """What records of evaluations must agree in."""
 
@@ -25,7 +26,8 @@ def page(records: Sequence[Record], grids: Sequence[bytes | None]) -> str:
     """Returns an HTML page, which needs no other file.
 
     Arguments:
-        records: What ``bench.json``, ``eval.json`` or the record of ``diffaccel fid`` hold.
+        records: What ``bench.json``, ``eval.json``, the record of ``diffaccel fid``, or the ``run.json`` of
+            particles hold.
         grids: The picture of each record's samples, as PNG.
 
     Raises:
@@ -42,7 +44,7 @@ def page(records: Sequence[Record], grids: Sequence[bytes | None]) -> str:
 
 
 def kind_of(record: Record) -> str:
-    """Returns "eval", "bench" or "fid".
+    """Returns "eval", "bench", "fid" or "particles".
 
     Raises:
         OptionError: If it is none of them.
@@ -55,6 +57,8 @@ def kind_of(record: Record) -> str:
             return "eval"
     if isinstance(record.get("scores"), dict):
         return "fid"
+    if isinstance(record.get("feynman_kac"), list):
+        return "particles"
     raise OptionError("a record must have rows or scores; expected eval.json, bench.json or what fid wrote")
 
 
@@ -87,6 +91,8 @@ def _section(record: Record, grid: bytes | None) -> dict[str, Any]:
     settings = dict(record.get("settings", {}))
     facts = {**settings, **record.get("machine", {}), **record.get("versions", {})}
     pictures = [] if grid is None else [("one line of pictures a method", _data(grid))]
+    if kind == "particles":
+        return _particle_section(record)
     if kind == "bench":
         lines, note = bench_lines(record["rows"]), _BENCH_NOTE.format(rounds=settings.get("rounds", "?"))
         title = f"{settings.get('model')}: speed and fidelity"
@@ -104,6 +110,18 @@ def _section(record: Record, grid: bytes | None) -> dict[str, Any]:
         sub = f"{record['n']} images against {record['m']}: {record['reference'].get('source', '')}"
     return {"title": title, "sub": sub, "pictures": pictures, "header": lines.header, "lines": lines.rows,
             "note": note, "plots": plots, "facts": facts}  # fmt: skip
+
+
+def _particle_section(record: Record) -> dict[str, Any]:
+    names = ("model", "product", "conditions", "guidance", "temperature", "steps", "seed", "pipeline")
+    facts = {name: record[name] for name in names if name in record}
+    facts |= {**record["feynman_kac"][0]["settings"], **record.get("versions", {})}
+    lines, what = particle_lines(record), ", ".join([*record["product"], *record["conditions"]])
+    plots = [(name, _data(picture)) for name, picture in particle_plots(record)]
+    return {"title": f"{record['model']}: weighted particles", "sub": what, "pictures": [],
+            "header": lines.header, "lines": lines.rows, "note": _PARTICLE_NOTE, "plots": plots,
+            "heading": "Effective size and weights",
+            "facts": facts}  # fmt: skip
 
 
 def _together(records: Sequence[Record]) -> dict[str, Any]:
@@ -175,6 +193,14 @@ _EVAL_NOTE = (
 )
 
 
+_PARTICLE_NOTE = (
+    "Effective size: (sum w)^2 / sum w^2 of the weights, at most the number of particles. Survivors: the "
+    "initial particles that the final ones descend from; those of one image are no independent samples. "
+    "Log normalizer: of the product's integral, between the first level and the last one with noise. "
+    "Evaluations: of networks, counted by rows."
+)
+
+
 def read_record(path: Path) -> tuple[Record, bytes | None]:
     """Returns a record, and the picture of its samples if it lies beside.
 
@@ -204,6 +230,7 @@ NEEDED = {
     "bench": ("settings", "images", "scheduler"),
     "eval": ("settings", "protocol", "features", "n", "m", "reference"),
     "fid": ("protocol", "features", "n", "m", "generated", "reference"),
+    "particles": ("model", "product", "conditions", "images"),
 }
 """The entries that each kind of record must have, and of which `page` makes use."""
 
