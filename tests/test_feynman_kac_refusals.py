@@ -65,7 +65,7 @@ def test_solvers_of_two_stages_are_refused(scheduler):
     with pytest.raises(UnsupportedPipeline, match="twice a step"):
         FeynmanKacPipeline.from_pipe(pipe)
     fkc = FeynmanKacPipeline.from_pipe(fresh("sd"))
-    fkc.pipe.scheduler = pipe.scheduler
+    fkc._origin.scheduler = pipe.scheduler
     with pytest.raises(UnsupportedPipeline, match="twice a step"):
         fkc(BOOT, num_particles=2)
 
@@ -138,8 +138,8 @@ def test_two_evaluations_a_step_are_refused():
         return forward(sample, timestep)
 
     fkc = FeynmanKacPipeline.from_pipe(pipe)
-    fkc.pipe.scheduler = copy.copy(pipe.scheduler)
-    fkc.pipe.scheduler.scale_model_input = twice
+    fkc._origin.scheduler = copy.copy(pipe.scheduler)
+    fkc._origin.scheduler.scale_model_input = twice
     with pytest.raises(UnsupportedPipeline, match="twice a step"):
         fkc(BOOT, num_particles=2, **SIZE)
 

@@ -77,7 +77,7 @@ def _sample(
     """Returns an image (3, H, W) of each of the values, and the reports."""
     corrected = FeynmanKacPipeline.from_pipe(pipe)
     images, reports = [], []
-    with watched(corrected.pipe, f"{len(values)} images", options["num_inference_steps"]):
+    with watched(pipe, f"{len(values)} images", options["num_inference_steps"]):
         for number, value in enumerate(values):
             generator = torch.Generator().manual_seed((seed + number) % 2**63)
             try:

@@ -11,6 +11,7 @@ __all__ = [
     "Convention",
     "Layout",
     "convention_of",
+    "is_embedded",
     "is_guiding",
     "leading",
     "samples_of",
@@ -71,17 +72,23 @@ _CONVENTIONS = {
     "DiT": Convention(cond_first=True),
     "FluxKontext": Convention(scale="true_cfg_scale"),
     "HiDreamImage": Convention(sign=-1),
+    "JoyImageEdit": Convention(refused="it rescales its guidance in ways that are not known here"),
     "Kandinsky5": Convention(layout=Layout(channel=4, frame=1)),
     "LTX2": Convention(refused="its networks predict pictures and sound at once"),
     "LatentConsistencyModel": Convention(refused="its guidance scale is an input of the network"),
     "Lumina": Convention(cond_first=True, sign=-1),
-    "Lumina2": Convention(sign=-1),
+    "LongCatImage": Convention(scale="guidance_scale"),
+    "Lumina2": Convention(sign=-1, scale="guidance_scale"),
     "NucleusMoE": Convention(sign=-1, scale="guidance_scale"),
     "OmniGen": Convention(refused=_THREE),
     "QwenImage": Convention(scale="true_cfg_scale"),
     "QwenImage21": Convention(),
     "StableAudio": Convention(layout=Layout(channel=1)),
+    "SemanticStableDiffusion": Convention(refused=_THREE),
     "StableDiffusionInstructPix2Pix": Convention(refused=_THREE),
+    "StableDiffusionPanorama": Convention(refused="it evaluates views of one sample in turn"),
+    "StableDiffusionPipelineSafe": Convention(refused=_THREE),
+    "StableDiffusionSAG": Convention(refused=_THREE),
     "StableDiffusionXLInstructPix2Pix": Convention(refused=_THREE),
     "StableVideoDiffusion": _TIME_FIRST,
     "ZImage": Convention(cond_first=True, sign=-1),
@@ -110,12 +117,19 @@ def why_unguided(pipe: Any) -> str | None:
     negative = any(name.startswith("negative") for name in names)
     if not negative and not any(name.endswith(("guidance_scale", "cfg_scale")) for name in names):
         return "it has no guidance: its call takes neither a guidance scale nor a negative prompt"
+    if is_embedded(pipe):
+        return "its guidance scale is an input of the network, which predicts once"
+    return None
+
+
+def is_embedded(pipe: Any) -> bool:
+    """Returns whether the guidance scale of a pipeline is an input of its network, and no second prediction."""
+    names = inspect.signature(type(pipe).__call__).parameters
+    negative = any(name.startswith("negative") for name in names)
     inner: list[Any] = [getattr(network, "_orig_mod", network) for network in denoisers_of(pipe).values()]
     takes = any("guidance" in inspect.signature(type(network).forward).parameters for network in inner)
     distilled = any(getattr(network.config, "time_cond_proj_dim", None) is not None for network in inner)
-    if distilled or (takes and not negative):
-        return "its guidance scale is an input of the network, which predicts once"
-    return None
+    return distilled or (takes and not negative)
 
 
 def is_guiding(pipe: Any, arguments: dict[str, Any]) -> bool:

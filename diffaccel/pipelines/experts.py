@@ -19,7 +19,7 @@ from ..errors import UnsupportedPipeline
 from ..noise import Path
 from .accelerator import Accelerator, Proceed
 from .run import AUXILIARY, Evaluation, Run
-from .unguided import unguided
+from .unguided import arguments_of, unguided
 
 __all__ = ["Expert", "Experts", "sibling", "with_inputs"]
 
@@ -104,7 +104,8 @@ class Experts:
         for number, expert in enumerate(self.experts):
             if expert.apart:
                 owner = sibling(expert.pipe or pipe)
-                call = unguided(owner, [expert.condition] * self.count, {**options, **expert.options})
+                own = options if expert.pipe is None else arguments_of(owner, options)
+                call = unguided(owner, [expert.condition] * self.count, {**own, **expert.options})
                 captured = _first(owner, call)
                 if (rows := captured.call.rows) != self.count:
                     raise UnsupportedPipeline(
@@ -194,7 +195,7 @@ def _first(pipe: Any, arguments: Mapping[str, Any]) -> _Captured:
         with Run(pipe, [_Capture()], {}):
             pipe(**arguments, generator=generator)
     except _Captured as captured:
-        return captured
+        return captured.with_traceback(None)  # it would keep the call's tensors
     raise UnsupportedPipeline(f"{type(pipe).__name__} has evaluated no network")
 
 

@@ -94,7 +94,7 @@ class FeynmanKac(Accelerator):
                 self.drawn = first + self.particles.draw()
         rows = samples[self.drawn.to(samples.device)] if self.drawn is not None else self._tiled(samples)
         self._last = rows.to(call.sample.dtype)
-        self._version = self._last._version
+        self._version = _version(self._last)
         return _with_first(proceed(call), self._last)
 
     def _step(self, levels: list[NoiseLevel], outputs: Tensor, target: NoiseLevel) -> Tensor:
@@ -125,7 +125,12 @@ class FeynmanKac(Accelerator):
     def _check_update(self, call: Update) -> None:
         """Checks that the sample is what the network has seen, and what the last update gave."""
         name = type(call.run.pipe).__name__
-        if self._shape != call.sample.shape or call.output.shape != call.sample.shape:
+        if call.output.shape != call.sample.shape:
+            raise UnsupportedPipeline(
+                f"{name} gives its scheduler {tuple(call.output.shape)} for samples {tuple(call.sample.shape)}, "
+                "such as a variance besides"
+            )
+        if self._shape != call.sample.shape:
             raise UnsupportedPipeline(
                 f"the network of {name} sees {tuple(self._shape or ())} for samples "
                 f"{tuple(call.sample.shape)}: it has further inputs, such as a picture"
@@ -134,9 +139,14 @@ class FeynmanKac(Accelerator):
             raise UnsupportedPipeline(f"{name} starts in the middle of the noise levels, from a picture")
         if self._last is None:
             return
-        changed = self._last._version != self._version  # in place
+        changed = _version(self._last) != self._version  # in place
         if changed or not (self._last is call.sample or torch.equal(self._last, call.sample)):
             raise UnsupportedPipeline(f"{name} (or a callback) changes the samples between the updates")
+
+
+def _version(tensor: Tensor) -> int:
+    """Returns how often a tensor was changed in place, which tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _check_levels(path: Path, scheduler: Any) -> None:

@@ -121,7 +121,8 @@ class FeynmanKacPipeline:
             reward_gradient: Whether the particles follow its gradient, too.
             zeta: The noise scale; above 1 it mixes better, and needs more steps.
             resampling: "systematic", "multinomial", "jump", or "none".
-            ess_threshold: A group is resampled where its effective size is below this share of K.
+            ess_threshold: A group is resampled where its effective size, at least 1, is below this share of
+                K: two particles need more than 0.5.
             interval: The range (lambda_min, lambda_max) of lambda = log(alpha / sigma) in which weights grow.
             data_std: 0 for pictures; large for densities without fine structure, see `feynman_kac`.
             num_inference_steps: The number of steps; the pipeline's own by default.
@@ -137,6 +138,8 @@ class FeynmanKacPipeline:
             raise OptionError(f"output is {output!r}; expected 'draw' or 'all'")
         if not isinstance(generator, torch.Generator | None):
             raise OptionError("generator must be one torch.Generator, for all particles move together")
+        self.pipe = sibling(self._origin)  # as it is now
+        check_pipeline(self.pipe)
         options = arguments_of(self.pipe, call)
         if num_inference_steps is not None:
             options["num_inference_steps"] = num_inference_steps
@@ -179,6 +182,8 @@ class FeynmanKacPipeline:
         if kind_of(self.pipe) == "batch_size" and models is not None and len(values) == 1:
             values = values * len(models)
         own = [None] * len(values) if models is None else [None if m is self._origin else m for m in models]
+        if not isinstance(weights, (list, tuple, type(None))):
+            raise OptionError(f"weights are {weights!r}; expected a list of numbers, one a condition")
         given = [1.0] * len(values) if weights is None else [float(weight) for weight in weights]
         if not len(given) == len(own) == len(values):
             raise OptionError(f"{len(values)} conditions, {len(given)} weights and {len(own)} models")

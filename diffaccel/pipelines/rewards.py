@@ -71,11 +71,12 @@ class Tilt:
                 raise OptionError(
                     f"the reward of {len(x0)} samples must be {len(x0)} finite numbers, not {what}"
                 )
+            value = found.detach().flatten().to(x0)
             if not self.gradient:
-                return found.flatten(), None
+                return value, None
             if not found.requires_grad:
                 raise OptionError("the reward is not differentiable in x0; use reward_gradient=False")
-            return found.detach().flatten(), torch.autograd.grad(found.sum(), given)[0]
+            return value, torch.autograd.grad(found.sum(), given)[0]
 
     def shift(self, gradient: Tensor, target: NoiseLevel, noise: float) -> Tensor:
         """Returns the shift h of a step's standard normal noise, (n, *).

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import OptionError, UnsupportedPipeline, closest
+from .branches import is_embedded
 from .run import check_stack
 
 __all__ = ["NULL_LABEL", "arguments_of", "check_pipeline", "check_scheduler", "condition_of", "kind_of",
@@ -17,6 +18,8 @@ NULL_LABEL = 1000
 _KINDS = ("prompt", "class_labels", "batch_size")
 _PICTURES = ("strength", "mask_image")
 _PROMPTS = re.compile(r"(negative_)?(pooled_)?prompt(_\d|_embeds.*|_attention_mask.*)?")
+_IDLE = re.compile(r"eta|guidance_.*|negative_.*|skip_.*guidance.*")
+"""What has no effect where neither the pipeline's guidance nor its solver is in force."""
 _OURS = ("self", "class_labels", "batch_size", "generator", "guidance_scale", "latents",
          "true_cfg_scale", "num_images_per_prompt", "num_videos_per_prompt", "return_dict")  # fmt: skip
 
@@ -77,9 +80,11 @@ def condition_of(pipe: Any, condition: Any) -> Any:
         if not isinstance(condition, str):
             raise OptionError(f"{name} takes prompts, not {condition!r}")
         return condition
-    if isinstance(condition, int) and not isinstance(condition, bool):
-        return condition
     labels: Mapping[str, int] = getattr(pipe, "labels", None) or {}
+    if isinstance(condition, int) and not isinstance(condition, bool):
+        if condition != NULL_LABEL and (condition < 0 or (labels and condition not in labels.values())):
+            raise OptionError(f"no label {condition}; {name} knows {len(labels)}, and {NULL_LABEL} for none")
+        return condition
     if condition not in labels:
         raise OptionError(f"no label {condition!r}; {closest(str(condition), labels)}")
     return int(labels[condition])
@@ -97,12 +102,15 @@ def unconditional(pipe: Any, negative: Any) -> tuple[Any, dict[str, Any], bool]:
 
     Raises:
         OptionError: If the pipeline is unconditional, or does not take this condition.
+        UnsupportedPipeline: If it has no such branch that could be called by itself.
     """
     kind, known = kind_of(pipe), _parameters(pipe)
     if kind == "batch_size":
         raise OptionError(f"{type(pipe).__name__} is unconditional, which leaves nothing to guide")
     if kind == "class_labels":
         return (NULL_LABEL if negative is None else condition_of(pipe, negative)), {}, False
+    if "system_prompt" in known:
+        raise UnsupportedPipeline(f"{type(pipe).__name__} gives prompts a beginning that negative ones lack")
     # Sana prepends its instruction to prompts, but not to negative ones
     options = {"complex_human_instruction": None} if "complex_human_instruction" in known else {}
     # Stable Diffusion XL has zeros for the text of no negative prompt, which is not the text ""
@@ -116,7 +124,8 @@ def arguments_of(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: If the pipeline has no such argument, or it is not the caller's to set.
     """
-    free = [name for name in _parameters(pipe) if name not in _OURS and not _PROMPTS.fullmatch(name)]
+    known = [name for name in _parameters(pipe) if name not in _OURS and not _PROMPTS.fullmatch(name)]
+    free = [name for name in known if not _IDLE.fullmatch(name)]
     for name in options:
         if name not in free:
             raise OptionError(f"{type(pipe).__name__} takes no {name!r} here; {closest(name, free)}")
@@ -136,7 +145,7 @@ def unguided(pipe: Any, conditions: Sequence[Any], options: Mapping[str, Any]) -
     known, kind = _parameters(pipe), kind_of(pipe)
     call: dict[str, Any] = {kind: len(conditions) if kind == "batch_size" else list(conditions)}
     scale = next((name for name in ("true_cfg_scale", "guidance_scale") if name in known), None)
-    if scale is not None:
+    if scale == "true_cfg_scale" or (scale is not None and not is_embedded(pipe)):
         call[scale] = 1.0
     return {**call, **options}
 
