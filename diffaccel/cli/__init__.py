@@ -1,4 +1,4 @@
-"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | search | convert | report``."""
+"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | search | convert | ...``."""
 
 import sys
 from collections.abc import Sequence

@@ -123,7 +123,7 @@ def why_unguided(pipe: Any) -> str | None:
 
 
 def is_embedded(pipe: Any) -> bool:
-    """Returns whether the guidance scale of a pipeline is an input of its network, and no second prediction."""
+    """Returns whether a pipeline's guidance scale is an input of its network, which predicts once."""
     names = inspect.signature(type(pipe).__call__).parameters
     negative = any(name.startswith("negative") for name in names)
     inner: list[Any] = [getattr(network, "_orig_mod", network) for network in denoisers_of(pipe).values()]

@@ -127,8 +127,8 @@ class FeynmanKac(Accelerator):
         name = type(call.run.pipe).__name__
         if call.output.shape != call.sample.shape:
             raise UnsupportedPipeline(
-                f"{name} gives its scheduler {tuple(call.output.shape)} for samples {tuple(call.sample.shape)}, "
-                "such as a variance besides"
+                f"{name} gives its scheduler {tuple(call.output.shape)} for samples "
+                f"{tuple(call.sample.shape)}, such as a variance besides"
             )
         if self._shape != call.sample.shape:
             raise UnsupportedPipeline(

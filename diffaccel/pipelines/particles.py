@@ -27,8 +27,8 @@ class Rules:
         particles: The number K of particles in a group.
         zeta: The noise scale: 1 is the reverse SDE, more mixes better and reduces the variance of weights.
         resampling: "systematic", "multinomial", "jump", or "none".
-        ess_threshold: A group is resampled where its effective size, at least 1, is below this share of K: two
-            particles need more than 0.5.
+        ess_threshold: A group is resampled where its effective size, at least 1, is below this share of K:
+            two particles need more than 0.5.
         interval: The range of lambda = log(alpha / sigma) in which weights grow, or None for all.
         data_std: The tau of `feynman_kac`: 0 for pictures, large for densities without fine structure.
         tilt: A reward, or None.
