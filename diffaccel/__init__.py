@@ -19,7 +19,19 @@ from .errors import (
     UnsupportedPipeline,
     UnsupportedScheduler,
 )
-from .pipelines import APG, Accel, Accelerator, FeynmanKacPipeline, Report, Reuse, Sada, accelerate, install
+from .pipelines import (
+    APG,
+    Accel,
+    Accelerator,
+    FeynmanKacPipeline,
+    MARPipeline,
+    Report,
+    Reuse,
+    Sada,
+    StepAnnealing,
+    accelerate,
+    install,
+)
 from .samplers import S3, AutoDiffusion, FewStep, UnifiedSolverScheduler
 
 __version__ = "0.1.0"
@@ -35,11 +47,13 @@ __all__ = [
     "DiffusionPipeline",
     "FewStep",
     "FeynmanKacPipeline",
+    "MARPipeline",
     "ModelError",
     "OptionError",
     "Report",
     "Reuse",
     "Sada",
+    "StepAnnealing",
     "UnifiedSolverScheduler",
     "UnknownAccelerator",
     "UnsupportedPipeline",

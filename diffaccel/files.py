@@ -3,13 +3,15 @@
 import contextlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import DiffaccelError
 
-__all__ = ["read_object", "whole"]
+__all__ = ["read_object", "whole", "whole_folder"]
 
 
 @contextlib.contextmanager
@@ -30,6 +32,26 @@ def whole(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``, which takes that name if the block ends without an error.
+
+    Arguments:
+        path: The folder to make, which must not exist.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_object(file: Path, error: type[DiffaccelError], remedy: str = "expected JSON") -> dict[str, Any]:

@@ -32,7 +32,7 @@ from diffaccel.samplers.presets import solver_schedule
 STEPS = 12
 FAMILIES = ("sd", "dit", "ddim", "flux_true_cfg", "wan")
 EAGER: dict = {"sada": {"tolerance": 1e9}, "reuse": {}}  # options with which each is sure to skip
-ONE_LENGTH = ("autodiffusion", "few-step")  # they take one number of steps, else as s3
+ONE_LENGTH = ("autodiffusion", "disa", "few-step")  # for some numbers of steps, or pipelines, only
 ACCELERATORS = [name for name in registry() if name not in ONE_LENGTH]
 REFUSED = {("apg", "ddim")}  # a pipeline without guidance
 SETTINGS = [f"{a}-{f}" for a in ACCELERATORS for f in FAMILIES if (a, f) not in REFUSED]

@@ -1,4 +1,4 @@
-"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | search | convert | ...``."""
+"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | search | ...``."""
 
 import sys
 from collections.abc import Sequence

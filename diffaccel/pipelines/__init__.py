@@ -1,10 +1,16 @@
 """Training-free acceleration of pipelines: ``pipe.to(accel=...)`` and the accelerators."""
 
+from diffusers import ModelMixin, SchedulerMixin
+
 from .accelerator import Accelerator, option, registry, resolve
 from .apg import APG
 from .attach import Accel, accelerate, install
 from .autoregressive import ARStep
+from .disa import StepAnnealing
 from .feynman_kac_pipeline import FeynmanKacOutput, FeynmanKacPipeline
+from .mar import MARPipeline
+from .mar_scheduler import MARScheduler
+from .mar_transformer import MARTransformer2DModel
 from .report import Action, Report
 from .reuse import Reuse
 from .rewards import image_reward
@@ -21,10 +27,16 @@ __all__ = [
     "Evaluation",
     "FeynmanKacOutput",
     "FeynmanKacPipeline",
+    "MARPipeline",
+    "MARScheduler",
+    "MARTransformer2DModel",
+    "ModelMixin",
     "Report",
     "Reuse",
     "Run",
     "Sada",
+    "SchedulerMixin",
+    "StepAnnealing",
     "Update",
     "accelerate",
     "image_reward",
@@ -33,3 +45,7 @@ __all__ = [
     "registry",
     "resolve",
 ]
+
+# the file format of diffusers names the module of a component, and loads it and its base through that module
+for _component in (MARTransformer2DModel, MARScheduler):
+    _component.__module__ = __name__

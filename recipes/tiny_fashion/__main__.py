@@ -19,7 +19,7 @@ console = Console()
 
 @app.command("train")
 def train_command(
-    target: Annotated[str, typer.Argument(help="unet, dit, vae, decoder or classifier")],
+    target: Annotated[str, typer.Argument(help="unet, dit, mar, vae, decoder or classifier")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this time; --resume goes on.")] = None,
     images: Annotated[

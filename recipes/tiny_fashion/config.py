@@ -13,7 +13,7 @@ from recipes.tiny_fashion.data import DEBIAN_FOLDER
 
 __all__ = ["TARGETS", "Config", "merge", "read"]
 
-TARGETS = ("unet", "dit", "vae", "decoder", "classifier")
+TARGETS = ("unet", "dit", "mar", "vae", "decoder", "classifier")
 FIXED = ("target", "init", "seed", "vae")  # without meaning once a run has begun
 
 
@@ -22,8 +22,8 @@ class Config:
     """The settings of a run; durations are in images.
 
     Arguments:
-        target: What is trained: "unet" (with its text encoder), "dit", "vae", the VAE's "decoder" alone, or
-            the "classifier".
+        target: What is trained: "unet" (with its text encoder), "dit", "mar", "vae", the VAE's "decoder"
+            alone, or the "classifier".
         init: The first weights: "scratch", "zoo", or a folder of the pipeline or classifier.
         vae: The autoencoder of the latents: "zoo", a pipeline folder or an AutoencoderKL folder.
     """

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 
 from diffaccel.errors import ModelError
+from diffaccel.pipelines import MARPipeline
 from diffaccel.zoo import load_pipeline
 from diffaccel.zoo.fashion import ID2LABEL
 from diffaccel.zoo.folders import quiet
@@ -74,6 +75,8 @@ def _pipeline(settings: config.Config, networks: models.Networks, base: str) -> 
     vae = models.load_vae(settings.vae)
     if settings.target == "dit":
         return DiTPipeline(networks["transformer"], vae, models.flow_dpm())
+    if settings.target == "mar":
+        return MARPipeline(networks["transformer"], models.mar_scheduler(), vae, ID2LABEL)
     return StableDiffusionPipeline(
         vae=vae, text_encoder=networks["text_encoder"], tokenizer=models.tokenizer(), unet=networks["unet"],
         scheduler=models.ddim(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -16,8 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffaccel.errors import ModelError
 from diffaccel.eval.classifier import FashionClassifier, load_classifier
+from diffaccel.pipelines import MARScheduler, MARTransformer2DModel
 from diffaccel.zoo import load_pipeline
-from diffaccel.zoo.fashion import CLASSES, COLORS
+from diffaccel.zoo.fashion import CLASSES, COLORS, LABELS
 from recipes.tiny_fashion.config import Config
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "dit",
     "flow_dpm",
     "load_vae",
+    "mar",
+    "mar_scheduler",
     "text_encoder",
     "tokenizer",
     "unet",
@@ -37,6 +40,7 @@ Networks = dict[str, Any]  # modules by their name in the pipeline
 ZOO = {
     "unet": "tiny-fashion-sd",
     "dit": "tiny-fashion-dit",
+    "mar": "tiny-fashion-mar",
     "vae": "tiny-fashion-sd",
     "decoder": "tiny-fashion-sd",
 }
@@ -62,6 +66,18 @@ def dit() -> DiTTransformer2DModel:
         sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=8, num_attention_heads=3,
         attention_head_dim=64, num_embeds_ada_norm=1000,
     )  # fmt: skip
+
+
+def mar() -> MARTransformer2DModel:
+    return MARTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_classes=len(LABELS), num_attention_heads=4,
+        attention_head_dim=32, num_encoder_layers=4, num_decoder_layers=3, num_buffer_tokens=8,
+        head_width=192, head_layers=4, learned_variance=False,
+    )  # fmt: skip
+
+
+def mar_scheduler() -> MARScheduler:
+    return MARScheduler(variance_type="small")
 
 
 def vae() -> AutoencoderKL:
@@ -148,6 +164,8 @@ def _new(config: Config) -> Networks:
         return {"unet": unet(), "text_encoder": text_encoder(tokenizer())}
     if config.target == "dit":
         return {"transformer": dit()}
+    if config.target == "mar":
+        return {"transformer": mar()}
     if config.target == "classifier":
         return {"classifier": FashionClassifier()}
     new = vae()
@@ -162,7 +180,8 @@ def _loaded(config: Config) -> Networks:
     if config.target == "classifier":
         return {"classifier": load_classifier(None if config.init == "zoo" else config.init)}
     source = ZOO[config.target] if config.init == "zoo" else config.init
-    names = {"unet": ("unet", "text_encoder"), "dit": ("transformer",)}.get(config.target, ("vae",))
+    others = {"unet": ("unet", "text_encoder"), "dit": ("transformer",), "mar": ("transformer",)}
+    names = others.get(config.target, ("vae",))
     if names == ("vae",):
         return {"vae": load_vae(source)}
     pipe = load_pipeline(source)

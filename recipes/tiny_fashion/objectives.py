@@ -21,7 +21,7 @@ from recipes.tiny_fashion.config import Config
 from recipes.tiny_fashion.data import Batch
 from recipes.tiny_fashion.models import Networks, ddim, load_vae, tokenizer
 
-__all__ = ["Denoising", "Epsilon", "Objective", "Reconstruction", "Velocity", "build"]
+__all__ = ["Denoising", "Epsilon", "Latents", "Objective", "Reconstruction", "Velocity", "build"]
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # times of the held-out loss, noise at 1
 
@@ -38,8 +38,8 @@ class Objective(ABC):
         """Returns named measurements that depend on nothing but the networks and the batch."""
 
 
-class Denoising(Objective):
-    """The squared error of a prediction from latents with noise.
+class Latents(Objective):
+    """An objective on scaled latents of an autoencoder.
 
     Arguments:
         vae: The autoencoder of the latents.
@@ -49,6 +49,20 @@ class Denoising(Objective):
 
     def __init__(self, vae: AutoencoderKL, null: float, bf16: bool) -> None:
         self.vae, self.null, self.bf16 = vae.requires_grad_(False), null, bf16
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Returns scaled latents: a sample of the posterior, or its mean without a generator."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            posterior = self.vae.encode(images).latent_dist
+        x0 = posterior.mean.float()
+        if generator is not None:
+            x0 = x0 + posterior.std.float() * torch.randn(x0.shape, generator=generator)
+        return self.vae.config.scaling_factor * x0
+
+
+class Denoising(Latents):
+    """The squared error of a prediction from latents with noise."""
 
     @abstractmethod
     def times(self, n: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +93,7 @@ class Denoising(Objective):
         n = len(batch.images)
         null = torch.rand(n, generator=generator) < self.null
         wording = torch.randint(len(TEMPLATES), (n,), generator=generator)
-        x0 = self._encode(batch.images, generator)
+        x0 = self.encode(batch.images, generator)
         t = self.times(n, generator)
         noise = torch.randn(x0.shape, generator=generator)
         errors = self._errors(networks, x0, noise, t, self.condition(batch, null, wording))
@@ -92,23 +106,13 @@ class Denoising(Objective):
         generator = torch.Generator().manual_seed(0)
         wording = torch.full((n,), len(TEMPLATES) - 1)
         condition = self.condition(batch, torch.zeros(n, dtype=torch.bool), wording)
-        x0 = self._encode(batch.images)
+        x0 = self.encode(batch.images)
         result = {}
         for level in LEVELS:
             noise = torch.randn(x0.shape, generator=generator)
             errors = self._errors(networks, x0, noise, torch.full((n,), level), condition)
             result[f"t={level}"] = errors.mean().item()
         return {**result, "mean": sum(result.values()) / len(result)}
-
-    @torch.no_grad()
-    def _encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Returns scaled latents: a sample of the posterior, or its mean without a generator."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            posterior = self.vae.encode(images).latent_dist
-        x0 = posterior.mean.float()
-        if generator is not None:
-            x0 = x0 + posterior.std.float() * torch.randn(x0.shape, generator=generator)
-        return self.vae.config.scaling_factor * x0
 
     def _errors(self, networks: Networks, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         alpha_t, sigma_t = (part[:, None, None, None] for part in self.path(t))
@@ -228,6 +232,10 @@ def build(config: Config) -> Objective:
         return Epsilon(load_vae(config.vae), config.null, config.bf16)
     if config.target == "dit":
         return Velocity(load_vae(config.vae), config.null, config.bf16)
+    if config.target == "mar":
+        from recipes.tiny_fashion.masked import MaskedTokens  # it needs this module
+
+        return MaskedTokens(load_vae(config.vae), config.null, config.bf16)
     if config.target == "classifier":
         from recipes.tiny_fashion.classification import Classification  # it needs this module
 
