@@ -20,8 +20,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(STAMP)  # docs/zoo.md from benchmarks/zoo-*.json
+tables: $(STAMP)  # docs/zoo.md and docs/guidance-table.md from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
+	$(BIN)/python benchmarks/guidance.py tables
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -99,11 +99,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=120)
     parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 1.5])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--work", type=Path, default=Path("out/feynman-kac"))
     arguments = parser.parse_args()
     runs = Runs(arguments.n, arguments.work)
     rows: list[dict[str, Any]] = []
-    for rule in RULES:
+    for rule in arguments.rules:
         found: list[dict[str, Any]] = [{"task": "product", "rule": rule,
                   "both": _share(runs.product(rule), runs.product("no weights"))}]  # fmt: skip
         for scale in arguments.scales:
