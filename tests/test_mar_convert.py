@@ -102,8 +102,9 @@ def test_damaged_official_files(tmp_path):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    """``diffaccel convert mar CHECKPOINT OUT`` names the folder, or the file that is none, and writes it whole."""
-    monkeypatch.setattr("sys.argv", ["diffaccel", "convert", "mar", str(tmp_path / "no.pth"), str(tmp_path / "out")])
+    """A file that is none is named, and nothing is written."""
+    words = ["convert", "mar", str(tmp_path / "no.pth"), str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["diffaccel", *words])
     with pytest.raises(SystemExit):
         cli.main()
     assert "no.pth" in capsys.readouterr().err and not (tmp_path / "out").exists()
