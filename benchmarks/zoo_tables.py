@@ -77,7 +77,8 @@ def tables() -> str:
         settings = teacher["settings"]
         text.append(
             f"## {record['model']}\n\n{record.get('remark', '')}Guidance {record['guidance']}, "
-            f"protocol `{teacher['protocol']}`, {teacher['n']} images against {teacher['m']} test images; {settings['scheduler_class']}; "
+            f"protocol `{teacher['protocol']}`, {teacher['n']} images against {teacher['m']} test images; "
+            f"{settings['scheduler_class']}; "
             f"± is the standard error, differences are paired with the 50-step run of the same noise.\n\n"
             + markdown(_short(eval_lines(teacher["rows"])))
             + f"\nEvery scheduler of diffusers that runs, 20 steps, {record['few']} images:\n\n"
