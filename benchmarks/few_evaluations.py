@@ -6,6 +6,7 @@ the paired difference to S3. It goes on where it was stopped: what is measured i
 """
 
 import argparse
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -108,14 +109,18 @@ class Runs:
         text = json.dumps([schedule.to_dict() for schedule in schedules if schedule.evaluations == steps])
         return self._kept(f"s3-{steps}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", make)
 
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """What a grid is chosen by, on noise of the search."""
+        conditions = default_conditions(self.model, self.pipe, 64)
+        return Objective(self.pipe, conditions, self.sampler.guidance, 7_000_000, 64)
+
     def gits(self, steps: int, solver: str) -> dict[str, Any]:
         """Returns the scores of a known solver on the best of GITS' grids; chosen on noise of the search."""
 
         def make() -> dict[str, Any]:
-            conditions = default_conditions(self.model, self.pipe, 64)
-            search = Objective(self.pipe, conditions, self.sampler.guidance, 7_000_000, 64)
-            grids = gits_grids(search.trajectory, solver_of(self.plain).path, steps)
-            best = min((solver_schedule(solver, nodes) for nodes in grids), key=search)
+            grids = gits_grids(self.objective.trajectory, solver_of(self.plain).path, steps)
+            best = min((solver_schedule(solver, nodes) for nodes in grids), key=self.objective)
             return self.score(self._solved(best, steps))
 
         return self._kept(f"gits-{solver}-{steps}", make)

@@ -39,7 +39,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside ``path``, which takes that name if the block ends without an error.
 
     Arguments:
-        path: The folder to make, which must not exist.
+        path: The folder to make or replace.
 
     Raises:
         OSError: If it cannot be written.
@@ -49,7 +49,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        old = temporary.with_name(f"{temporary.name}-old")
+        if path.exists():
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -5,7 +5,6 @@ References:
     | https://arxiv.org/abs/1907.10902
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -86,9 +85,6 @@ class OptunaEngine(Engine[G]):
         self.study = optuna.create_study(sampler=sampler)
         self._known: set[str] = set()
 
-    def _key(self, candidate: G) -> str:
-        return json.dumps(self.space.to_plain(candidate), sort_keys=True)
-
     def ask(self, count: int = 8) -> list[G]:
         """Returns candidates that have not been asked for; fewer only if it finds no more."""
         optuna, chosen, misses = optuna_library(), list[G](), 0
@@ -109,8 +105,7 @@ class OptunaEngine(Engine[G]):
         """Takes the scores of candidates; one that is not finite is the worst."""
         optuna = optuna_library()
         for candidate, score in zip(candidates, scores, strict=True):
-            score = score if score == score else float("inf")
-            self.scored.append(Scored(candidate, score))
+            score = self._enter(candidate, score).score
             trial = self._open.pop(self._key(candidate), None)
             if trial is not None and score < float("inf"):
                 self.study.tell(trial, score)

@@ -149,6 +149,14 @@ class Engine(ABC, Generic[G]):
         """The scored candidates, the best first."""
         return sorted(self.scored, key=lambda entry: entry.score)
 
+    def _key(self, candidate: G) -> str:
+        return json.dumps(self.space.to_plain(candidate), sort_keys=True)
+
+    def _enter(self, candidate: G, score: float) -> Scored[G]:
+        """Keeps a candidate with its score, NaN as the worst."""
+        self.scored.append(Scored(candidate, score if score == score else float("inf")))
+        return self.scored[-1]
+
     @abstractmethod
     def ask(self, count: int = 8) -> list[G]:
         """Returns candidates that have not been asked for; fewer than ``count`` only if it finds no more."""
@@ -237,9 +245,6 @@ class Evolution(Engine[G]):
             self._known.add(key)
             chosen.append(candidate)
 
-    def _key(self, candidate: G) -> str:
-        return json.dumps(self.space.to_plain(candidate), sort_keys=True)
-
     def tell(self, candidates: Sequence[G], scores: Sequence[float]) -> None:
         """Takes the scores of candidates, and trains the ranking.
 
@@ -249,7 +254,7 @@ class Evolution(Engine[G]):
         """
         for candidate, score in zip(candidates, scores, strict=True):
             self._known.add(self._key(candidate))
-            self.scored.append(Scored(candidate, score if score == score else float("inf")))
+            self._enter(candidate, score)
         finite = [entry for entry in self.scored if entry.score < float("inf")]
         if len(finite) >= 2 * self.parents:
             self.ranking.fit([self.space.encode(e.candidate) for e in finite], [e.score for e in finite])

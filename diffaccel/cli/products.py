@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..errors import DiffaccelError, OptionError
-from ..eval.sampler import Sampler
+from ..errors import OptionError
+from ..eval.sampler import Sampler, refusals
 from ..pipelines.feynman_kac_pipeline import FeynmanKacPipeline
 from ..pipelines.feynman_kac_report import FeynmanKacReport
 from ..zoo.folders import quiet
@@ -80,12 +80,8 @@ def _sample(
     with watched(pipe, f"{len(values)} images", options["num_inference_steps"]):
         for number, value in enumerate(values):
             generator = torch.Generator().manual_seed((seed + number) % 2**63)
-            try:
+            with refusals(pipe):
                 found = corrected(value, generator=generator, output_type="np", **options)
-            except DiffaccelError:
-                raise
-            except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-                raise OptionError(f"{type(pipe).__name__} refuses the call: {error}") from error
             image = torch.as_tensor(found.images)[0]  # the frames of a video side by side
             images.append(torch.cat(image.unbind(0), 1) if image.ndim == 4 else image)
             reports.append(found.report)

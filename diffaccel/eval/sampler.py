@@ -1,8 +1,9 @@
 """Calls of a pipeline of any kind on fixed conditions and noise, image by image the same for every method."""
 
+import contextlib
 import inspect
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,24 @@ import torch
 from ..errors import DiffaccelError, OptionError, closest
 from ..pipelines.run import denoisers_of
 
-__all__ = ["Sampler", "default_conditions", "device_of"]
+__all__ = ["Sampler", "default_conditions", "device_of", "refusals"]
 
 _BAD_CALL = (ValueError, TypeError, AttributeError, NotImplementedError)
+
+
+@contextlib.contextmanager
+def refusals(pipe: Any) -> Iterator[None]:
+    """Turns what a pipeline raises for a call that it does not take into our error.
+
+    Raises:
+        OptionError: If the pipeline refuses its arguments, with its words.
+    """
+    try:
+        yield
+    except DiffaccelError:
+        raise
+    except _BAD_CALL as error:
+        raise OptionError(f"{type(pipe).__name__} refuses the call: {error}") from error
 
 
 class Sampler:
@@ -102,12 +118,8 @@ class Sampler:
         return torch.cat(images).movedim(-1, 1)
 
     def _call(self, arguments: dict[str, Any]) -> torch.Tensor:
-        try:
+        with refusals(self.pipe):
             return torch.as_tensor(self.pipe(**arguments)[0])
-        except DiffaccelError:
-            raise
-        except _BAD_CALL as error:
-            raise OptionError(f"{type(self.pipe).__name__} refuses the call: {error}") from error
 
 
 def _needed(parameters: Mapping[str, inspect.Parameter]) -> set[str]:

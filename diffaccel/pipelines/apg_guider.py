@@ -1,6 +1,5 @@
 """APG as a guider: the component of modular pipelines that combines the predictions."""
 
-import inspect
 import math
 from typing import Any, Self
 
@@ -14,6 +13,7 @@ from ..guidance import Trajectory
 from ..noise import Path, path_of, wide
 from .apg import APG
 from .branches import Layout, leading
+from .run import first_input, own_index
 
 __all__ = ["APGGuider"]
 
@@ -109,9 +109,7 @@ class APGGuider(BaseGuidance):
         self._hook = None
 
     def _listen(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inner: Any = getattr(denoiser, "_orig_mod", denoiser)
-        names = inspect.signature(type(inner).forward).parameters
-        self._sample = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
+        self._sample = first_input(denoiser, args, kwargs)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """Returns the inputs of the network for each prediction; each value is shared or one a prediction."""
@@ -158,9 +156,8 @@ class APGGuider(BaseGuidance):
         return self._path
 
     def _index(self) -> int:
-        for name in ("step_index", "begin_index"):
-            if (index := getattr(self.scheduler, name, None)) is not None:
-                return int(index)
+        if (index := own_index(self.scheduler)) is not None:
+            return index
         return self.scheduler.timesteps.tolist().index(float(self._timestep))
 
     @property

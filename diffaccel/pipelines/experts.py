@@ -211,9 +211,8 @@ def _blanked(captured: _Captured) -> _Captured:
 
 def _evaluate(captured: Evaluation, part: Evaluation, proceed: Proceed) -> Any:
     """Evaluates a captured network on the samples of a part of the pipeline's batch."""
-    timestep = part.kwargs.get("timestep", part.args[1] if len(part.args) > 1 else None)
     like: Tensor = captured.sample
-    call = with_inputs(captured, part.sample.to(like), _moved(timestep, like))
+    call = with_inputs(captured, part.sample.to(like), _moved(part.timestep, like))
     module: Any = getattr(captured.run.pipe, part.network, None)
     if module is None:
         raise UnsupportedPipeline(f"{type(captured.run.pipe).__name__} has no {part.network!r}")

@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -19,7 +19,17 @@ from .gates import CURRENT, Gate, close_gate, open_gate, seam
 from .report import Action, Count, Report, Stopwatch
 from .rows import rows_of, take_rows
 
-__all__ = ["AUXILIARY", "DENOISERS", "BlockCall", "Evaluation", "Run", "Update", "denoisers_of"]
+__all__ = [
+    "AUXILIARY",
+    "DENOISERS",
+    "BlockCall",
+    "Evaluation",
+    "Run",
+    "Update",
+    "denoisers_of",
+    "first_input",
+    "own_index",
+]
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 """The components that predict, by name."""
@@ -55,12 +65,12 @@ class Evaluation:
     @property
     def sample(self) -> Any:
         """The noisy input, as the network takes it: a tensor (rows, *), or a list with one entry a row."""
-        if self.args:
-            return self.args[0]
-        inner: Any = getattr(self.module, "_orig_mod", self.module)
-        forward = type(inner).forward
-        given = (self.kwargs[name] for name in inspect.signature(forward).parameters if name in self.kwargs)
-        return next(given)
+        return first_input(self.module, self.args, self.kwargs)
+
+    @property
+    def timestep(self) -> Any:
+        """The timestep in the network's units, or None."""
+        return self.kwargs.get("timestep", self.args[1] if len(self.args) > 1 else None)
 
     @property
     def rows(self) -> int:
@@ -70,7 +80,7 @@ class Evaluation:
     @property
     def index(self) -> int:
         """The index in ``run.path`` of the update that the evaluation leads to."""
-        return self.run.coming(self.kwargs.get("timestep", self.args[1] if len(self.args) > 1 else None))
+        return self.run.coming(self.timestep)
 
     def select(self, samples: Sequence[int], batch: int) -> "Evaluation":
         """Returns the evaluation for some of the ``batch`` samples only."""
@@ -118,6 +128,24 @@ class BlockCall:
     kwargs: dict[str, Any]
     step: int
     branch: int
+
+
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the first argument of a network's call, given by position or by name: the noisy input."""
+    if args:
+        return args[0]
+    inner: Any = getattr(module, "_orig_mod", module)
+    names = inspect.signature(type(inner).forward).parameters
+    return next(kwargs[name] for name in names if name in kwargs)
+
+
+def own_index(scheduler: Any) -> int | None:
+    """Returns the index of the next update that a scheduler knows by itself, or None."""
+    for name in ("step_index", "begin_index"):
+        index = getattr(scheduler, name, None)
+        if index is not None:
+            return int(index)
+    return None
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
@@ -301,7 +329,7 @@ class Run:
 
     def coming(self, timestep: Any) -> int:
         """Returns the index of the next update, from the timestep that a network sees: any unit, or None."""
-        if (index := self._own_index()) is not None:
+        if (index := own_index(self.scheduler)) is not None:
             return index
         if self.step or timestep is None:
             return self._index + 1
@@ -309,17 +337,9 @@ class Run:
         known = self.scheduler.timesteps.tolist()
         return known.index(value) if value in known else 0
 
-    def _own_index(self) -> int | None:
-        """Returns the index that the scheduler knows by itself."""
-        for name in ("step_index", "begin_index"):
-            index = getattr(self.scheduler, name, None)
-            if index is not None:
-                return int(index)
-        return None
-
     def _locate(self, timestep: Any) -> int:
         """Returns the index of an update in the path: the scheduler's own, else that of the timestep."""
-        if (index := self._own_index()) is not None:
+        if (index := own_index(self.scheduler)) is not None:
             return index
         if hasattr(self.scheduler, "index_for_timestep"):
             return int(self.scheduler.index_for_timestep(timestep))

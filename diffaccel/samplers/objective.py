@@ -19,6 +19,7 @@ from .grids import grid
 from .presets import solver_schedule
 from .schedule import Schedule
 from .thinning import AutoDiffusion, ThinnedSchedule
+from .unified import UnifiedSolverScheduler
 
 __all__ = ["FrechetScore", "Objective", "Score", "distance", "fine_schedule"]
 
@@ -79,7 +80,7 @@ class Objective:
         self.fine = self._images(solver, steps)
         self.trajectory = solver.trajectory
 
-    def _solver(self, schedule: Schedule, cls: Any) -> Any:
+    def _solver(self, schedule: Schedule, cls: Any = UnifiedSolverScheduler) -> Any:
         return solver_of(self.pipe.scheduler, cls, schedules=[schedule.to_dict()])
 
     def _images(self, solver: Any, evaluations: int) -> Tensor:
@@ -100,8 +101,7 @@ class Objective:
     def __call__(self, candidate: Schedule | ThinnedSchedule) -> float:
         """Returns the score of a candidate's images; infinite if they are not finite."""
         if isinstance(candidate, Schedule):
-            solver = solver_of(self.pipe.scheduler, schedules=[candidate.to_dict()])
-            return self._score(self._images(solver, candidate.evaluations))
+            return self._score(self._images(self._solver(candidate), candidate.evaluations))
         accelerate(self.pipe, AutoDiffusion.of(candidate))
         try:
             return self._score(self.sampler(candidate.schedule.evaluations, self.batch))

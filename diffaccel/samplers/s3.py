@@ -91,17 +91,16 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
         if not results or left < self.batch:
             return self.polished
         best = min(results, key=lambda result: result[0])[1]
-        self._move(best, left // self.batch, objective, share, advance)
+        self._move(best, len(starts), left // self.batch, objective, share, advance)
         return self.polished
 
-    def _move(self, best: Schedule, generations: int, objective: Objective, share: Share,
+    def _move(self, best: Schedule, done: int, generations: int, objective: Objective, share: Share,
               advance: Callable[[int], None]) -> None:  # fmt: skip
-        """Moves the nodes of a schedule."""
+        """Moves the nodes of a schedule; ``done`` candidates were polished before."""
         strategy = _cma().CMAEvolutionStrategy(
             [0.0] * (len(best.sigmas) - 2), WIDTH,
             {"seed": self.seed + 1, "popsize": self.batch, "verbose": -9},
         )  # fmt: skip
-        done = len(self._starts(TOP))
         for _ in range(generations):
             moves = strategy.ask()
             known = self.polished[done : done + len(moves)]

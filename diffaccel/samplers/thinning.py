@@ -148,8 +148,8 @@ class AutoDiffusion(Accelerator):
         """Returns the solver with the schedule."""
         return solver_of(pipe.scheduler, schedules=[self.thinned.schedule.to_dict()])
 
-    def _layers(self, pipe: Any) -> dict[int, str]:
-        """Returns the names of the layers that are dropped at some evaluation, by the identity of the layer.
+    def _layers(self, pipe: Any) -> dict[nn.Module, str]:
+        """Returns the layers that are dropped at some evaluation, with their names.
 
         Raises:
             UnsupportedPipeline: If the denoiser is another one, or has no such layers.
@@ -164,7 +164,7 @@ class AutoDiffusion(Accelerator):
         found = [residual_layers(network) for network in networks]
         if missing := sorted(wanted - set(found[0])):
             raise UnsupportedPipeline(f"the denoiser has no layer {missing[0]!r} that can be left out")
-        return {id(layers[name]): name for layers in found for name in wanted if name in layers}
+        return {layer: name for layers in found for name, layer in layers.items() if name in wanted}
 
     def start(self, run: Run) -> None:
         """Begins a loop."""
@@ -180,12 +180,10 @@ class AutoDiffusion(Accelerator):
 
     def blocks(self, pipe: Any) -> list[nn.Module]:
         """Returns the layers that are dropped at some evaluation."""
-        names, networks = self._layers(pipe), denoisers_of(pipe).values()
-        layers = [layer for network in networks for layer in residual_layers(network).values()]
-        return [layer for layer in layers if id(layer) in names]
+        return list(self._layers(pipe))
 
     def block(self, call: BlockCall, proceed: Proceed) -> Any:
         """Leaves the layer's body out, or runs it."""
-        if self._names[id(call.module)] in self._dropped:
+        if self._names[call.module] in self._dropped:
             return skip_path(call.module, call.args, call.kwargs)
         return proceed(call)

@@ -1,9 +1,6 @@
 """A run as an ordinary diffusers folder, which stock ``from_pretrained`` loads, or one of the classifier."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 
 from diffaccel.errors import ModelError
+from diffaccel.files import whole_folder
 from diffaccel.pipelines import MARPipeline
 from diffaccel.zoo import load_pipeline
 from diffaccel.zoo.fashion import ID2LABEL
@@ -92,24 +90,12 @@ def _scale(vae: Any, folder: str) -> None:
 
 
 def _publish(write: Callable[[Path], object], out: Path, record: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with whole_folder(out) as temporary:
         with quiet([]):
             write(temporary)
         for file in temporary.rglob("*.json"):
             _amend(file)
         checkpoint.replace_text(temporary / "training.json", json.dumps(record, indent=2) + "\n")
-        temporary.chmod(0o755)
-        if out.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            os.replace(out, old)
-            os.replace(temporary, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _amend(file: Path) -> None:
