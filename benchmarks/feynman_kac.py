@@ -30,6 +30,9 @@ RULES: dict[str, dict[str, Any]] = {
     "K=4": {"num_particles": 4},
     "K=8": {"num_particles": 8},
     "K=8, zeta=1.5": {"num_particles": 8, "zeta": 1.5},
+    "K=8, zeta=2": {"num_particles": 8, "zeta": 2.0},
+    "K=16": {"num_particles": 16},
+    "K=64": {"num_particles": 64},
 }
 PAIRS = [(TEMPLATES[-1].format(LABELS[a]), TEMPLATES[-1].format(LABELS[10 * color + b]))
          for a, b, color in ((7, 8, 2), (1, 3, 5), (8, 9, 4), (2, 1, 7), (5, 7, 3), (9, 8, 6))]  # fmt: skip

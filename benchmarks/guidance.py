@@ -51,6 +51,7 @@ METHODS: dict[str, Any] = {
     "APG, eta 0": APG(),
     "APG, origin mean, clip": APG(rescale=RADIUS, origin="mean"),
     "diffusers' formula, eta 0, clip": DiffusersForm(rescale=RADIUS),
+    "APG, origin mean": APG(origin="mean"),
 }
 
 

@@ -243,7 +243,8 @@ def probe(scheduler: Any) -> Path:
     """
     trial = copy.deepcopy(scheduler)
     if _known(trial, _FAMILIES):
-        trial.set_timesteps(10, **({"mu": 1.0} if _setting(trial, "use_dynamic_shifting") else {}))
+        steps = min(getattr(trial, "grids", (10,)))  # FixedGridScheduler has no others
+        trial.set_timesteps(steps, **({"mu": 1.0} if _setting(trial, "use_dynamic_shifting") else {}))
     return path_of(trial)
 
 
@@ -419,7 +420,7 @@ def _edm(scheduler: Any, name: str) -> Path:
 
 
 def _unified(scheduler: Any, name: str) -> Path:
-    """The nodes of our own scheduler; an analytic first step is made before the first evaluation."""
+    """The nodes of our own schedulers; an analytic first step is made before the first evaluation."""
     prediction, first = scheduler.config.prediction_type, len(scheduler.levels) - len(scheduler.timesteps) - 1
     pairs = [(level.alpha, level.sigma) for level in scheduler.levels[first:]]
     if scheduler.path.is_flow:
@@ -450,11 +451,11 @@ _FAMILIES: dict[str, Callable[[Any, str], Path]] = {
         "KDPM2Discrete LMSDiscrete",
         _vp: "DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSinglestep SASolver "
         "UniPCMultistep",
-        _flow: "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM "
+        _flow: "AnchoredFlow FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM "
         "LTXEulerAncestralRF MiniMaxH3",
         _edm: "CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler",
         _trig: "IPNDM SCM",
-        _unified: "UnifiedSolver",
+        _unified: "FixedGrid UnifiedSolver",
     }.items()
     for name in names.split()
 }

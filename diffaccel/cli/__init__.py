@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ..errors import DiffaccelError
+from .distill import distill_app
 
 if TYPE_CHECKING:
     from .bench import Settings
@@ -301,6 +302,9 @@ def search_autodiffusion_(
     found = search_layers(settings, out, max_drop, solver)
     for line in layer_lines(found, budgets, out) if found else ():
         typer.echo(line)
+
+
+app.add_typer(distill_app, name="distill")
 
 
 convert = typer.Typer(help="Turns official checkpoints into pipeline folders.", no_args_is_help=True)

@@ -1,7 +1,6 @@
 """``diffaccel eval``: generates with every method, scores, and compares; in parts that survive a kill."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,26 @@ import torch
 
 from .. import zoo
 from ..errors import MissingReference
-from ..eval import weights
 from ..eval.evaluation import Evaluation, Method, labels_of
-from ..eval.metrics import check_metrics, needs_spatial
+from ..eval.metrics import check_metrics
 from ..eval.parts import Parts
 from ..eval.protocols import Extractor, protocol
 from ..eval.provenance import machine, model_digest, plain, settings_digest, versions
+from ..eval.reference import zoo_statistics
 from ..eval.sampler import Sampler, default_conditions
 from ..eval.scoring import reference_of
-from ..eval.statistics import Statistics, load_statistics, save_statistics
+from ..eval.statistics import Statistics
 from ..eval.summary import MethodResult, read_results, summarize
 from ..zoo.folders import quiet
 from .figures import draw_grid
 from .generate import load
+from .processes import own_device, processes
 from .reading import check_options, check_stacks, read_accel, read_prompts, read_steps
 from .report import page
 from .tables import eval_lines, markdown
 from .writing import check_output, counting, write_files
 
-__all__ = ["Settings", "evaluate", "processes"]
+__all__ = ["Settings", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def evaluate(
     check_output(out)
     rank, world, wait = processes(settings.device)
     with quiet([]):
-        work = _work(settings, prompts, settings.device if world == 1 else _own(settings.device),
+        work = _work(settings, prompts, own_device(settings.device, world),
                      out / "images" if save_images else None)  # fmt: skip
         parts = Parts(out / "parts", _facts(settings, work), work.sampler.count, settings.batch)
         if restart and rank == 0:
@@ -98,21 +98,6 @@ def evaluate(
     if rank:
         return {}
     return _finish(settings, parts, work, names, out)
-
-
-def processes(device: str) -> tuple[int, int, Any]:
-    """Returns this process' number, how many there are, and what waits for all."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu")
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
-
-def _own(device: str) -> str:
-    """Returns the device of this process."""
-    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 def _work(settings: Settings, prompts: list[str] | None, device: str, images: Path | None) -> Evaluation:
@@ -192,14 +177,4 @@ def _reference(settings: Settings, extractor: Extractor, names: list[str]) -> St
     with counting("reference") as advance:
         if settings.reference is not None:
             return reference_of(settings.reference, extractor, names, batch=settings.batch, advance=advance)
-        key = settings_digest({"features": extractor.record, "data": "fashion-mnist-test",
-                               "spatial": needs_spatial(names), "versions": versions()})  # fmt: skip
-        file = weights.cache_folder() / "statistics" / f"{key}.npz"
-        if not file.is_file():
-            images, _ = zoo.reference()
-            found = reference_of(images, extractor, names, advance=advance)
-            found.meta["source"] = "the test images of Fashion-MNIST in color (diffaccel.zoo.reference)"
-            save_statistics(found, file)
-        statistics = load_statistics(file)
-        del statistics.meta["file"]
-        return statistics
+        return zoo_statistics(extractor, names, advance)

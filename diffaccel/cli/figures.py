@@ -11,7 +11,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["Point", "draw_grid", "draw_particles", "draw_plot"]
+__all__ = ["Point", "draw_curves", "draw_grid", "draw_particles", "draw_plot"]
 
 COLORS = {"accelerated": "#d2491a", "plain": "#888888"}
 
@@ -93,6 +93,30 @@ def draw_plot(points: Sequence[Point], across: str, up: str, log: bool, less_is_
     axis.grid(alpha=0.25, which="both")
     if axis.has_data():
         axis.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, log: bool
+) -> bytes:
+    """Draws curves by name, as PNG.
+
+    Arguments:
+        curves: The points of each.
+        across: The name of the first number of a point.
+        up: The name of the second.
+        log: Whether the second has a logarithmic axis.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    for name, points in curves.items():
+        axis.plot(
+            *zip(*points, strict=True), label=name, linewidth=1.2, marker="." if len(points) < 30 else ""
+        )
+    if log:
+        axis.set_yscale("log")
+    axis.set(xlabel=across, ylabel=up)
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -12,12 +12,14 @@ from ..errors import OptionError, ProtocolMismatch
 from .figures import Point, draw_plot
 from .particles import particle_lines, particle_plots
 from .tables import Lines, Row, bench_lines, eval_lines, label_of
+from .training_report import training_lines, training_plots
 from .writing import check_output, write_files
 
 __all__ = ["check_comparable", "page", "read_record", "report"]
 
 Record = Mapping[str, Any]
-FILES = ("eval.json", "bench.json", "fid.json", "run.json")
+FILES = ("eval.json", "bench.json", "fid.json", "run.json", "distill.json")
+_EXPECTED = "eval.json, bench.json, distill.json or what fid wrote"
 SAME = ("protocol", "features", "n", "m")
 """What records of evaluations must agree in."""
 
@@ -44,7 +46,7 @@ def page(records: Sequence[Record], grids: Sequence[bytes | None]) -> str:
 
 
 def kind_of(record: Record) -> str:
-    """Returns "eval", "bench", "fid" or "particles".
+    """Returns "eval", "bench", "fid", "particles" or "distill".
 
     Raises:
         OptionError: If it is none of them.
@@ -59,7 +61,9 @@ def kind_of(record: Record) -> str:
         return "fid"
     if isinstance(record.get("feynman_kac"), list):
         return "particles"
-    raise OptionError("a record must have rows or scores; expected eval.json, bench.json or what fid wrote")
+    if isinstance(record.get("log"), list):
+        return "distill"
+    raise OptionError(f"a record must have rows or scores; expected {_EXPECTED}")
 
 
 def check_comparable(records: Sequence[Record]) -> None:
@@ -93,6 +97,8 @@ def _section(record: Record, grid: bytes | None) -> dict[str, Any]:
     pictures = [] if grid is None else [("one line of pictures a method", _data(grid))]
     if kind == "particles":
         return _particle_section(record)
+    if kind == "distill":
+        return _training_section(record, pictures)
     if kind == "bench":
         lines, note = bench_lines(record["rows"]), _BENCH_NOTE.format(rounds=settings.get("rounds", "?"))
         title = f"{settings.get('model')}: speed and fidelity"
@@ -122,6 +128,17 @@ def _particle_section(record: Record) -> dict[str, Any]:
             "header": lines.header, "lines": lines.rows, "note": _PARTICLE_NOTE, "plots": plots,
             "heading": "Effective size and weights",
             "facts": facts}  # fmt: skip
+
+
+def _training_section(record: Record, pictures: list[tuple[str, str]]) -> dict[str, Any]:
+    settings, lines = record["settings"], training_lines(record)
+    done = max((row["images"] for row in record["log"]), default=0)
+    signs: list[str] = next((row["signs"] for row in reversed(record["log"]) if "signs" in row), [])
+    sub = f"{done:,} of {settings['images']:,} images" + "".join(f"; {sign}" for sign in signs)
+    plots = [(name, _data(picture)) for name, picture in training_plots(record)]
+    return {"title": f"{settings['method']} from {settings['teacher']}", "sub": sub, "pictures": pictures,
+            "header": lines.header, "lines": lines.rows, "note": _TRAINING_NOTE, "plots": plots,
+            "heading": "Over the images", "facts": settings}  # fmt: skip
 
 
 def _together(records: Sequence[Record]) -> dict[str, Any]:
@@ -193,6 +210,11 @@ _EVAL_NOTE = (
 )
 
 
+_TRAINING_NOTE = (
+    "The average of the student's weights at the last validation, always on the same noise. FD has the bias "
+    "of few samples: it tells how the training goes, and is no score. Diversity: root-mean-square difference "
+    "of two images of one condition."
+)
 _PARTICLE_NOTE = (
     "Effective size: (sum w)^2 / sum w^2 of the weights, at most the number of particles. Survivors: the "
     "initial particles that the final ones descend from; those of one image are no independent samples. "
@@ -222,7 +244,7 @@ def read_record(path: Path) -> tuple[Record, bytes | None]:
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot read {str(path)!r}: {error}") from None
     if not isinstance(record, dict) or not _is_record(record):
-        raise OptionError(f"{str(path)!r} holds no record; expected eval.json, bench.json or what fid wrote")
+        raise OptionError(f"{str(path)!r} holds no record; expected {_EXPECTED}")
     return record, picture
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import DiffaccelError, OptionError
@@ -96,7 +96,7 @@ class Parts:
         path = self.path(number)
         try:
             with whole(path) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
         except OSError as error:
             raise OptionError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import nn
 
 from ..errors import AcceleratorConflict, OptionError, UnknownAccelerator, closest
+from ..options import check_names, check_options, option
 
 if TYPE_CHECKING:
     from .run import BlockCall, Evaluation, Run, Update
@@ -18,24 +19,6 @@ Proceed = Callable[[Any], Any]
 
 _REGISTRY: dict[str, type["Accelerator"]] = {}
 _ORDER = {"guidance": 0, "skip": 1, "": 2, "solver": 2, "blocks": 3}  # outermost first
-
-
-def option(
-    default: Any,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[Any, ...] | None = None,
-) -> Any:
-    """Returns a dataclass field: an option of the default's type, within bounds or out of some choices.
-
-    Arguments:
-        default: The default value; its type (bool, int, float, str) is the type of the option.
-        low: The least allowed value.
-        high: The largest allowed value.
-        choices: All allowed values.
-    """
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclasses.dataclass
@@ -75,11 +58,7 @@ class Accelerator:
         Raises:
             OptionError: If an option has a wrong type or value.
         """
-        for field in dataclasses.fields(self):
-            if "choices" in field.metadata:
-                _check_option(self.name, field, getattr(self, field.name))
-                if isinstance(field.default, (int, float)):
-                    setattr(self, field.name, type(field.default)(getattr(self, field.name)))
+        check_options(self, self.name)
 
     @classmethod
     def create(cls, preset: str = "", /, **options: Any) -> Self:
@@ -93,10 +72,7 @@ class Accelerator:
             preset, options = "", {cls.shorthand: preset, **options}
         if preset and preset not in cls.presets:
             raise UnknownAccelerator(f"{cls.name} has no preset {preset!r}; {closest(preset, cls.presets)}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in options:
-            if key not in known:
-                raise OptionError(f"{cls.name} has no option {key!r}; {closest(str(key), known)}")
+        check_names(cls, options, cls.name)
         return cls(**{**cls.presets.get(preset, {}), **options})
 
     def check(self, pipe: Any) -> str | None:
@@ -184,19 +160,3 @@ def _create(text: str, options: Any) -> Accelerator:
     if name not in _REGISTRY:
         raise UnknownAccelerator(f"no accelerator {name!r}; {closest(name, _REGISTRY)}")
     return _REGISTRY[name].create(preset, **options)
-
-
-def _check_option(name: str, field: dataclasses.Field[Any], value: Any) -> None:
-    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-    expected = type(field.default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    whole = isinstance(value, int) or (number and float(value).is_integer())  # False for NaN and infinity
-    fits = number if expected is float else number and whole if expected is int else False
-    if not (fits or type(value) is expected):
-        raise OptionError(f"{name}: {field.name}={value!r} is not of type {expected.__name__}")
-    if choices is not None and value not in choices:
-        raise OptionError(f"{name}: {field.name}={value!r} is none of {', '.join(map(repr, choices))}")
-    above, below = low is None or value >= low, high is None or value <= high  # both False for NaN
-    if not (above and below):
-        bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
-        raise OptionError(f"{name}: {field.name}={value!r} is outside {bounds}")

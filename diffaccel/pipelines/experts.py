@@ -5,7 +5,6 @@ experts are evaluated by its own network, with its own conditioning: that pipeli
 first evaluation, whose arguments are kept, and which is given new samples and timesteps from then on.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedPipeline
 from ..noise import Path
-from .accelerator import Accelerator, Proceed
-from .run import AUXILIARY, Evaluation, Run
+from .accelerator import Proceed
+from .capturing import Captured, first_evaluation, sibling, with_inputs
+from .run import Evaluation
 from .unguided import arguments_of, unguided
 
-__all__ = ["Expert", "Experts", "sibling", "with_inputs"]
+__all__ = ["Expert", "Experts"]
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,6 @@ class Expert:
         return self.pipe is not None or bool(self.options) or self.blank
 
 
-class _Captured(Exception):
-    """Ends a call at its first evaluation, which it carries away."""
-
-    def __init__(self, call: Evaluation, path: Path) -> None:
-        super().__init__("captured")
-        self.call, self.path = call, path
-
-
-class _Capture(Accelerator):
-    """Ends a call at the first evaluation of a denoiser."""
-
-    def scheduler(self, pipe: Any) -> Any:
-        """Returns a copy, so that the pipeline's own is left as it is."""
-        return copy.deepcopy(pipe.scheduler)
-
-    def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
-        """Carries the evaluation away."""
-        if call.network in AUXILIARY:
-            name = type(call.run.pipe).__name__
-            raise UnsupportedPipeline(f"{name} feeds its network at every step anew ({call.network})")
-        raise _Captured(call, call.run.path)
-
-
 class Experts:
     """All experts, and the evaluation of a batch that has a row for each of them and each particle.
 
@@ -81,7 +58,7 @@ class Experts:
 
     def __init__(self, experts: Sequence[Expert], count: int) -> None:
         self.experts, self.count = tuple(experts), count
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[int, Captured] = {}
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -106,7 +83,7 @@ class Experts:
                 owner = sibling(expert.pipe or pipe)
                 own = options if expert.pipe is None else arguments_of(owner, options)
                 call = unguided(owner, [expert.condition] * self.count, {**own, **expert.options})
-                captured = _first(owner, call)
+                captured = first_evaluation(owner, call)
                 if (rows := captured.call.rows) != self.count:
                     raise UnsupportedPipeline(
                         f"{type(owner).__name__} evaluates {rows} rows for {self.count} samples: it still "
@@ -162,51 +139,14 @@ def _joined(parts: Sequence[Any], order: Tensor) -> Any:
     return pytree.tree_unflatten(whole, pytree.tree_structure(parts[0]))
 
 
-def sibling(pipe: Any) -> Any:
-    """Returns another pipeline object with the same components; what a call leaves on it, it alone has."""
-    return copy.copy(pipe)
-
-
-def with_inputs(call: Evaluation, sample: Any, timestep: Any = None) -> Evaluation:
-    """Returns an evaluation with another sample, and another timestep if one is given.
-
-    Raises:
-        UnsupportedPipeline: If the network has no argument of that name.
-    """
-    args, kwargs = list(call.args), dict(call.kwargs)
-    if args:
-        args[0] = sample
-    else:
-        kwargs[next(name for name, value in kwargs.items() if value is call.sample)] = sample
-    if timestep is not None:
-        if len(args) > 1:
-            args[1] = timestep
-        elif "timestep" in kwargs:
-            kwargs["timestep"] = timestep
-        else:
-            raise UnsupportedPipeline(f"{type(call.module).__name__} has no argument 'timestep'")
-    return replace(call, args=tuple(args), kwargs=kwargs)
-
-
-def _first(pipe: Any, arguments: Mapping[str, Any]) -> _Captured:
-    """Returns the first evaluation of a call, which is not made."""
-    generator = torch.Generator().manual_seed(0)  # its noise is thrown away
-    try:
-        with Run(pipe, [_Capture()], {}):
-            pipe(**arguments, generator=generator)
-    except _Captured as captured:
-        return captured.with_traceback(None)  # it would keep the call's tensors
-    raise UnsupportedPipeline(f"{type(pipe).__name__} has evaluated no network")
-
-
-def _blanked(captured: _Captured) -> _Captured:
+def _blanked(captured: Captured) -> Captured:
     """Returns an evaluation of Stable Diffusion XL with zeros for the text, as its unconditional one."""
     kwargs = dict(captured.call.kwargs)
     added = dict(kwargs["added_cond_kwargs"])
     kwargs["encoder_hidden_states"] = torch.zeros_like(kwargs["encoder_hidden_states"])
     added["text_embeds"] = torch.zeros_like(added["text_embeds"])
     call = replace(captured.call, kwargs={**kwargs, "added_cond_kwargs": added})
-    return _Captured(call, captured.path)
+    return Captured(call, captured.path)
 
 
 def _evaluate(captured: Evaluation, part: Evaluation, proceed: Proceed) -> Any:

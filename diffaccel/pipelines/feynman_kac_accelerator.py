@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import UnsupportedPipeline, UnsupportedScheduler
 from ..noise import NoiseLevel, Path
 from .accelerator import Accelerator, Proceed
-from .experts import Experts, with_inputs
+from .capturing import with_inputs
+from .experts import Experts
 from .feynman_kac import CLEAN, total_of
 from .particles import Particles, Rules
 from .run import AUXILIARY, Evaluation, Run, Update

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, UnsupportedPipeline
-from .experts import Expert, Experts, sibling
+from .capturing import sibling
+from .experts import Expert, Experts
 from .feynman_kac_accelerator import FeynmanKac
 from .feynman_kac_report import FeynmanKacReport
 from .particles import Particles, Rules

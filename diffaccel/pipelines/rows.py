@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["merge_rows", "rows_of", "take_rows"]
+__all__ = ["join_rows", "merge_rows", "rows_of", "take_rows"]
 
 _SHARED = {"freqs_cis", "image_rotary_emb", "img_ids", "latent_ids", "rope_interpolation_scale", "rotary_emb",
            "txt_ids"}  # fmt: skip
@@ -51,6 +51,32 @@ def take_rows(value: Any, index: Sequence[int], size: int, name: str = "") -> An
             return type(value)([value[row] for row in index])
         return type(value)([take_rows(item, index, size) for item in value])
     return value
+
+
+def join_rows(first: Any, second: Any, sizes: tuple[int, int], name: str = "") -> Any:
+    """Returns an argument of a network for the rows of two batches, one after the other.
+
+    Arguments:
+        first: The argument for the first batch.
+        second: The argument for the second batch, of the same structure.
+        sizes: The rows of both batches.
+        name: The argument's name.
+
+    Raises:
+        RuntimeError: If rows of the two have different shapes.
+    """
+    if name in _SHARED:
+        return first
+    if isinstance(first, Tensor):
+        batched = first.ndim > 0 and (len(first), len(second)) == sizes
+        return torch.cat([first, second]) if batched else first
+    if isinstance(first, dict):
+        return {key: join_rows(item, second[key], sizes, str(key)) for key, item in first.items()}
+    if isinstance(first, (list, tuple)):
+        if (len(first), len(second)) == sizes and not any(isinstance(item, Tensor) for item in first):
+            return type(first)([*first, *second])
+        return type(first)([join_rows(a, b, sizes) for a, b in zip(first, second, strict=True)])
+    return first
 
 
 def merge_rows(whole: Any, part: Any, index: Sequence[int], size: int) -> Any:

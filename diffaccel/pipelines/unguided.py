@@ -35,7 +35,7 @@ def check_pipeline(pipe: Any) -> None:
     if hasattr(type(pipe), "_diffaccel_base"):
         raise UnsupportedPipeline(f"this {name} is accelerated; take the plain one: accelerate(pipe, None)")
     if found := [word for word in _PICTURES if word in known]:
-        raise UnsupportedPipeline(f"{name} starts from a picture ({found[0]}); particles start from noise")
+        raise UnsupportedPipeline(f"{name} starts from a picture ({found[0]}), not from noise alone")
     if not any(kind in known for kind in _KINDS):
         raise UnsupportedPipeline(f"{name} takes none of {', '.join(_KINDS)}")
     vae = getattr(pipe, "vae", None)

@@ -5,7 +5,9 @@
 
 from diffusers import SchedulerMixin
 
+from .anchored import AnchoredFlowScheduler
 from .few_step import FewStep
+from .fixed_grid import FixedGridScheduler
 from .grids import GRIDS
 from .presets import SOLVERS, solver_schedule
 from .schedule import Schedule, ScheduleError, Step, load_schedules
@@ -17,8 +19,10 @@ __all__ = [
     "GRIDS",
     "S3",
     "SOLVERS",
+    "AnchoredFlowScheduler",
     "AutoDiffusion",
     "FewStep",
+    "FixedGridScheduler",
     "Schedule",
     "ScheduleError",
     "SchedulerMixin",
@@ -30,4 +34,5 @@ __all__ = [
 ]
 
 # the file format of diffusers names the module of a scheduler, and loads it through its package
-UnifiedSolverScheduler.__module__ = __name__
+for _scheduler in (AnchoredFlowScheduler, FixedGridScheduler, UnifiedSolverScheduler):
+    _scheduler.__module__ = __name__

@@ -1,0 +1,185 @@
+"""DiSA on a MAR model: annealed head steps against as many constant ones, and against rising ones.
+
+``python benchmarks/disa.py MODEL`` writes ``disa-NAME.json`` here, and ``... tables`` the table in ``docs/``.
+It goes on where it was stopped: what is measured is kept in ``--work``.  All rows share labels and noise.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kept import kept
+
+from diffaccel import accelerate, zoo
+from diffaccel.cli.tables import Lines, markdown, shown
+from diffaccel.eval import Extractor, Sampler, collect, open_images, protocol
+from diffaccel.eval.classifier import predict
+from diffaccel.eval.fidelity import as_bytes, mean_estimate
+from diffaccel.eval.provenance import machine, versions
+from diffaccel.files import whole
+from diffaccel.pipelines.autoregressive import ARStep
+from diffaccel.pipelines.disa import StepAnnealing
+from diffaccel.zoo.fashion import CLASSES, LABELS
+from diffaccel.zoo.folders import quiet
+
+FOLDER, SEED, HEAD_STEPS = Path(__file__).parent, 400_000_000, 100
+DOCS = FOLDER.parent / "docs"
+
+
+class Rising(StepAnnealing):
+    """Annealing the wrong way round: as many head steps, the fewest first."""
+
+    def steps(self, step: ARStep, error: Any = None) -> int:
+        """Returns what the mirrored step would get."""
+        return super().steps(replace(step, index=step.count - 1 - step.index), error)
+
+
+def equal(steps: int) -> int:
+    """Returns the constant number of head steps whose sum is the nearest to that of DiSA 50 to 5."""
+    linear = StepAnnealing(50, 5)
+    total = sum(linear.steps(ARStep(k, (1,) * steps)) for k in range(steps))
+    return round(total / steps)
+
+
+def methods(steps: int, tolerances: list[float]) -> dict[str, Any]:
+    """Returns the rows of a number of autoregressive steps: names and accelerators."""
+    constant = equal(steps)
+    return {
+        f"{HEAD_STEPS} head steps": None,
+        "DiSA 50 to 5": StepAnnealing(50, 5),
+        f"constant {constant}": StepAnnealing(constant, constant),
+        "rising 5 to 50": Rising(50, 5),
+        "cosine 50 to 5": StepAnnealing(50, 5, "cosine"),
+        "two-stage 50, 5": StepAnnealing(50, 5, "two-stage"),
+        **{f"auto {value:g}": StepAnnealing(50, 2, "auto", tolerance=value) for value in tolerances},
+        "constant 10": StepAnnealing(10, 10), "constant 5": StepAnnealing(5, 5),
+    }  # fmt: skip
+
+
+class Runs:
+    """The images of each row, and their scores."""
+
+    def __init__(self, model: str, count: int, batch: int, guidance: float, work: Path) -> None:
+        self.batch, self.work = batch, work / f"{Path(model).name}-{count}-{guidance:g}"
+        with quiet([]):
+            self.pipe: Any = zoo.load_pipeline(model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.numbers, self.guidance = zoo.labels(count), guidance
+        self.extractor = Extractor(protocol("fashion"))
+        self.reference = collect(open_images(zoo.reference()[0]), self.extractor)
+
+    def images(self, steps: int, name: str, accel: Any) -> dict[str, Any]:
+        """Returns the images of a row, as bytes, and the evaluations of its head an image."""
+
+        def make() -> dict[str, Any]:
+            accelerate(self.pipe, accel if accel is not None else StepAnnealing(HEAD_STEPS, HEAD_STEPS))
+            try:
+                conditions = [LABELS[n] for n in self.numbers]
+                sampler = Sampler(self.pipe, conditions, steps, self.guidance, SEED, len(conditions))
+                pixels = as_bytes(sampler(steps, self.batch)).numpy()
+                counts = [report.counts["head"].evaluated for _, report in sampler.reports]
+                return {"pixels": pixels, "head": np.mean(counts)}
+            finally:
+                accelerate(self.pipe, None)
+
+        return kept(self.work / f"{steps}-{name.replace(' ', '-')}.npz", make)
+
+    def row(self, steps: int, name: str, accel: Any, base: str) -> dict[str, Any]:
+        """Returns a row of the table; the difference is paired with the first row of the same steps."""
+        found = self.images(steps, name, accel)
+        value, influence = self._frechet(found["pixels"])
+        plain, other = self._frechet(self.images(steps, base, None)["pixels"])
+        prediction = predict(torch.from_numpy(found["pixels"]) / 255)
+        right = prediction.class_logits.argmax(1) == torch.tensor(self.numbers) % len(CLASSES)
+        return {
+            "steps": steps, "method": name, "head": found["head"],
+            "fd": {"value": value, "se": mean_estimate(influence).se},
+            "fd_minus_plain": {"value": value - plain, "se": mean_estimate(influence - other).se},
+            "class": mean_estimate(right.double().tolist()).to_dict(),
+        }  # fmt: skip
+
+    def _frechet(self, pixels: Any) -> tuple[float, Any]:
+        found = collect(open_images(torch.from_numpy(pixels)), self.extractor, ("features",))
+        frechet = found.frechet(self.reference.reference)
+        return frechet.distance, frechet.influence(found.features[:])
+
+    def speed(self, steps: int, rows: dict[str, Any], rounds: int) -> dict[str, float]:
+        """Returns seconds an image of some rows: medians of interleaved rounds of one batch of 16."""
+        taken: dict[str, list[float]] = {name: [] for name in rows}
+        conditions = [LABELS[n] for n in self.numbers[:16]]
+        for _ in range(rounds):
+            for name, accel in rows.items():
+                accelerate(self.pipe, accel)
+                begin = time.perf_counter()
+                Sampler(self.pipe, conditions, steps, self.guidance, SEED, 16)(steps, 16)
+                taken[name].append((time.perf_counter() - begin) / 16)
+                accelerate(self.pipe, None)
+        return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measures, and writes the record after each row."""
+    runs = Runs(arguments.model, arguments.n, arguments.batch, arguments.guidance, arguments.work)
+    rows: list[dict[str, Any]] = []
+    seconds: dict[str, dict[str, float]] = {}
+    for steps in arguments.steps:
+        chosen = methods(steps, arguments.tolerances)
+        base = next(iter(chosen))
+        for name, accel in chosen.items():
+            rows.append(runs.row(steps, name, accel, base))
+            print(steps, name, rows[-1]["head"], *(shown(rows[-1][key]) for key in ("fd", "class")),
+                  shown(rows[-1]["fd_minus_plain"], True), flush=True)  # fmt: skip
+        if arguments.rounds:
+            timed = {name: chosen[name] for name in list(chosen)[:3]}
+            seconds[str(steps)] = runs.speed(steps, timed, arguments.rounds)
+            print(seconds[str(steps)], flush=True)
+        record = {
+            "model": Path(arguments.model).name, "n": arguments.n, "seed": SEED, "protocol": "fashion",
+            "guidance": arguments.guidance, "rows": rows, "seconds": seconds,
+            "machine": machine(torch.device("cpu")), "versions": versions(),
+        }  # fmt: skip
+        with whole(_record(arguments.model)) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def tables(model: str) -> None:
+    """Writes ``docs/disa-table.md`` from the record."""
+    record = json.loads(_record(model).read_text(encoding="utf-8"))
+    cells = [[str(row["steps"]), row["method"], f"{row['head']:.0f}", shown(row["fd"]),
+              shown(row["fd_minus_plain"], True), shown(row["class"])] for row in record["rows"]]  # fmt: skip
+    head = ["AR steps", "method", "head evaluations", "FD", "FD - plain", "class"]
+    text = markdown(Lines("disa", head, [("plain", line) for line in cells], ()))
+    (DOCS / "disa-table.md").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _record(model: str) -> Path:
+    return FOLDER / f"disa-{Path(model).name}.json"
+
+
+def main() -> None:
+    """Measures, or writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="tiny-fashion-mar")
+    parser.add_argument("what", nargs="?", default="measure", choices=("measure", "tables"))
+    parser.add_argument("--steps", type=int, nargs="+", default=[64, 16])
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[0.2, 0.1, 0.05])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("out/disa"))
+    arguments = parser.parse_args()
+    if arguments.what == "tables":
+        tables(arguments.model)
+    else:
+        measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

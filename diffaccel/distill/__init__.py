@@ -1,0 +1,18 @@
+"""Distillation: turns a pipeline into a few-step student, which leaves as an ordinary pipeline folder."""
+
+from .config import Config
+from .denoiser import Denoiser, Prediction
+from .export import export, export_lora
+from .grid import Grid
+from .host import Host
+from .method import Method, Setup, methods
+from .pairs import PairStore, make_pairs
+from .rectified_flow import RectifiedFlow
+from .runs import Run, resume, start
+from .slimflow_method import SlimFlow
+from .trainer import Trainer
+
+__all__ = [
+    "Config", "Denoiser", "Grid", "Host", "Method", "PairStore", "Prediction", "RectifiedFlow", "Run",
+    "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
+]  # fmt: skip

@@ -1,0 +1,142 @@
+"""What a distillation method is: the networks it trains, whose turn it is, and one loss for each turn."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from ..errors import OptionError, closest
+from ..options import check_names, check_options
+from .data import Batch
+from .denoiser import Denoiser
+from .grid import Grid
+from .host import Host, Inputs
+from .students import student_like
+
+__all__ = ["Method", "Setup", "methods"]
+
+_METHODS: dict[str, type["Method"]] = {}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method starts from.
+
+    Arguments:
+        host: How the teacher's pipeline uses its network.
+        teacher: The frozen teacher.
+        student: The student, which is trained.
+        guidance: The guidance scale that the data have, or None.
+        images: The samples that the student will be trained on.
+    """
+
+    host: Host
+    teacher: Denoiser
+    student: Denoiser
+    guidance: float | None
+    images: int
+
+
+@dataclass
+class Method(ABC):
+    """Base of all methods: its fields are the options, made by `diffaccel.options.option`.
+
+    A run begins with `begin` and calls `turns` at each step, and `loss` for each turn.  The trainer counts in
+    samples of the student's turns; at each of `boundaries` it calls `enter`.  A subclass that has a ``name``
+    is registered under it.
+    """
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[str] = "pairs"
+    """The data: "pairs" of noise and sample."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Registers the subclass by its name."""
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            _METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        check_options(self, self.name)
+
+    @classmethod
+    def create(cls, options: Mapping[str, Any]) -> Self:
+        """Creates a method from its options.
+
+        Raises:
+            OptionError: If an option is unknown or has a wrong value.
+        """
+        check_names(cls, options, cls.name)
+        return cls(**options)
+
+    def begin(self, setup: Setup) -> None:
+        """Makes the networks."""
+        self.setup = setup
+        self.networks: dict[str, Denoiser] = {"student": setup.student}
+        """The trained networks; "student" is the one that is exported."""
+        self.frozen: dict[str, Denoiser] = {}
+        """Denoisers that came about in this run and are trained no more: part of its state."""
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Returns the networks that are trained in a step, in their order."""
+        return ("student",)
+
+    @abstractmethod
+    def loss(self, turn: str, batch: Batch) -> dict[str, Tensor]:
+        """Returns the terms, each of shape (), whose sum ``networks[turn]`` shall make small."""
+
+    def grid(self, steps: int) -> Grid:
+        """Returns the times at which a student with so many steps is evaluated."""
+        return Grid.stock(self.setup.host.pipe.scheduler, steps)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """The numbers of images at which another phase begins."""
+        return ()
+
+    def enter(self, phase: int) -> None:
+        """Begins a phase, the first having the number 0; the student's weights are its average then."""
+        return None
+
+    def velocity(self, network: Denoiser, inputs: Inputs) -> Any:
+        """Returns the velocity field of a network with its conditions bound: (x_t, t) -> (B, *)."""
+        return partial(_velocity, network, inputs)
+
+    def snapshot(self) -> Denoiser:
+        """Returns a frozen copy of the student as it is now, to be kept in `frozen`."""
+        student = self.networks["student"]
+        network: Any = getattr(student.network, "module", student.network)
+        copied = student_like(network)  # a deep copy would take along what accelerate does to its forward
+        copied.load_state_dict(network.state_dict())
+        copied.to(next(network.parameters()).device).requires_grad_(False)
+        return Denoiser(copied, student.units)
+
+
+def methods() -> dict[str, type[Method]]:
+    """Returns the methods by name."""
+    return dict(sorted(_METHODS.items()))
+
+
+def method_of(name: str, options: Mapping[str, Any]) -> Method:
+    """Returns a method by name.
+
+    Raises:
+        OptionError: If there is none of that name, or an option is unknown or has a wrong value.
+    """
+    if name not in _METHODS:
+        raise OptionError(f"no method {name!r}; {closest(name, _METHODS)}")
+    return _METHODS[name].create(options)
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """Returns the options of a method."""
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+
+
+def _velocity(network: Denoiser, inputs: Inputs, x_t: Tensor, t: Tensor) -> Tensor:
+    return network(x_t, t, inputs).velocity

@@ -1,0 +1,268 @@
+"""From settings to a run: the networks, the data and the folder, for a beginning and for going on."""
+
+import copy
+import inspect
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .. import zoo
+from ..errors import ModelError, OptionError
+from ..eval.provenance import model_digest
+from ..files import read_object, whole
+from ..pipelines.branches import is_embedded
+from . import checkpoints
+from .adapters import add_lora
+from .checkpoints import CheckpointError
+from .config import Config, merge
+from .data import PairData
+from .denoiser import Denoiser
+from .export import export, export_lora
+from .host import Host
+from .method import Method, Setup
+from .pair_store import PairStore
+from .students import prune, student_like
+from .trainer import Trainer
+
+__all__ = ["Run", "export_run", "guidance_of", "read_config", "resume", "start"]
+
+SETTINGS = "config.json"
+STUDENT = "student"
+"""The name of the student's LoRA adapter."""
+
+_COURSE = (
+    "method", "options", "student", "student_changes", "lora_rank", "batch", "images", "optimizer",
+    "optimizer_options", "lr", "warmup_images", "lr_decay", "clip", "ema_images", "precision", "seed",
+)  # fmt: skip
+"""The settings that decide the course of a run; the others may change when it goes on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, ready to train.
+
+    Arguments:
+        config: The settings.
+        folder: Its folder.
+        pipe: The teacher's pipeline.
+        host: How that uses its network.
+        method: The method.
+        trainer: What trains.
+        store: The pairs.
+    """
+
+    config: Config
+    folder: Path
+    pipe: Any
+    host: Host
+    method: Method
+    trainer: Trainer
+    store: PairStore
+
+
+def start(config: Config) -> Run:
+    """Begins a run in a new folder.
+
+    Raises:
+        CheckpointError: If the folder holds a run.
+        DiffaccelError: If settings, teacher and data do not go together.
+    """
+    folder = _folder(config)
+    if checkpoints.find(folder):
+        raise CheckpointError(f"{str(folder)!r} holds a run; go on with 'diffaccel distill resume {folder}'")
+    run = _build(config, folder)
+    if run.trainer.accelerator.is_main_process:
+        _write(config, folder)
+        (folder / "log.jsonl").unlink(missing_ok=True)
+    run.trainer.accelerator.wait_for_everyone()
+    return run
+
+
+def resume(folder: Path, overrides: tuple[str, ...] = ()) -> Run:
+    """Goes on with a run from its newest checkpoint that can be read.
+
+    Arguments:
+        folder: The folder of the run.
+        overrides: Settings that do not decide the course, as ``key=value``.
+
+    Raises:
+        CheckpointError: If there is no checkpoint that can be read, or it is of other settings.
+    """
+    found = checkpoints.find(folder)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {str(folder)!r}; expected the folder of a run")
+    config = read_config(folder)
+    changed = merge(asdict(config), overrides, run=str(folder))
+    problems = []
+    for checkpoint in found:
+        run = _build(changed, folder)  # anew, since a damaged checkpoint may leave it half loaded
+        try:
+            checkpoints.load(run.trainer, checkpoint)
+        except CheckpointError as error:
+            if "another run" in str(error):
+                raise
+            problems.append(str(error))
+            continue
+        if run.trainer.accelerator.is_main_process:
+            _write(changed, folder)
+            _cut_log(folder / "log.jsonl", run.trainer.images)
+            for later in found[: found.index(checkpoint)]:  # damaged; the name is needed again
+                later.rename(later.with_name(f"damaged-{later.name}"))
+        return run
+    raise CheckpointError("; ".join(problems))
+
+
+def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bool = False,
+               overwrite: bool = False) -> Path:  # fmt: skip
+    """Writes the average of a run's student as a pipeline folder, and returns the folder.
+
+    Arguments:
+        run: The run.
+        out: The folder.
+        dtype: The type of the weights.
+        lora: Whether a LoRA student leaves as an adapter for ``load_lora_weights``, not merged.
+        overwrite: Whether an existing folder may be replaced.
+
+    Raises:
+        OptionError: If the student is no adapter, and ``lora`` asks for one.
+        ModelError: If the folder exists, or the loaded pipeline makes other images than the student.
+    """
+    config, facts = run.config, run.store.settings
+    grids = [run.method.grid(n) for n in config.steps]
+    guided = "" if run.store.guidance is None else f", guidance {run.store.guidance:g} (in the samples)"
+    card = {
+        "teacher": config.teacher, "method": config.method, "images": run.trainer.images,
+        "data": f"{len(run.store)} pairs of noise and the teacher's sample, {facts['steps']} steps{guided}",
+        "licence": "that of the teacher", "hours": f"{run.trainer.seconds / 3600:.2f}",
+        "figures": run.trainer.figures, "limits": f"trained for {', '.join(map(str, config.steps))} steps",
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "guidance": guidance_of(run.pipe), "card": card, "dtype": dtype, "overwrite": overwrite,
+        "conditions": [str(condition) for condition in run.store.conditions[:2] if condition is not None],
+    }  # fmt: skip
+    component, adapter = run.host.component, STUDENT if config.lora_rank else None
+    if lora and adapter is None:
+        raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
+    with run.trainer.roles["student"].averaged() as network:
+        if lora:
+            return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
+        return export(network, run.pipe, component, grids, out, lora=adapter, **options)
+
+
+def guidance_of(pipe: Any) -> float:
+    """Returns the guidance scale to call a student with: 1, or the default where the network takes it."""
+    scale = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    return float(scale.default) if scale is not None and is_embedded(pipe) else 1.0
+
+
+def read_config(folder: Path) -> Config:
+    """Returns the settings of a run.
+
+    Raises:
+        CheckpointError: If the folder is none of a run.
+    """
+    file = folder / SETTINGS
+    if not file.is_file():
+        raise CheckpointError(f"no {SETTINGS} in {str(folder)!r}; expected the folder of a run")
+    settings = read_object(file, CheckpointError)
+    return merge({**settings, "run": str(folder)})
+
+
+def _folder(config: Config) -> Path:
+    if not config.run:
+        raise OptionError("give the folder of the run: run=FOLDER")
+    return Path(config.run)
+
+
+def _build(config: Config, folder: Path) -> Run:
+    if not config.pairs:
+        raise OptionError(
+            f"{config.method} needs pairs=FOLDER; see 'diffaccel distill pairs {config.teacher}'"
+        )
+    store = PairStore(config.pairs)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    accelerator = Accelerator(
+        mixed_precision=config.precision, log_with=config.tracker or None, project_dir=folder
+    )
+    with zoo.folders.quiet([]):
+        pipe: Any = zoo.load_pipeline(config.teacher)
+    digest = model_digest(pipe)
+    pipe.to(accelerator.device)
+    host = Host(pipe)
+    if host.shape != store.shape:
+        raise OptionError(
+            f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    method = _begun(config, host, store, accelerator.device)
+    facts = {**{key: asdict(config)[key] for key in _COURSE}, "teacher": digest, "pairs": store.digest}
+    data = PairData(store, host, config.seed, accelerator.device)
+    trainer = Trainer(config, method, data, accelerator, folder, json.loads(json.dumps(facts)))
+    if config.tracker:
+        accelerator.init_trackers("diffaccel")
+    return Run(config, folder, pipe, host, method, trainer, store)
+
+
+def _begun(config: Config, host: Host, store: PairStore, device: torch.device) -> Method:
+    """Returns the method with its networks."""
+    method, teacher = config.make_method(), host.network.requires_grad_(False)
+    student, adapter = _student(config, host), STUDENT if config.lora_rank else None
+    if config.gradient_checkpointing:
+        if not hasattr(student, "enable_gradient_checkpointing"):
+            raise OptionError(f"{type(student).__name__} has no gradient checkpointing")
+        student.enable_gradient_checkpointing()
+    method.begin(Setup(
+        host, Denoiser(teacher, host.units, "" if config.lora_rank else None),
+        Denoiser(student.to(device), host.units, adapter), store.guidance, config.images,
+    ))  # fmt: skip
+    return method
+
+
+def _student(config: Config, host: Host) -> Any:
+    """Returns the student's network."""
+    teacher = host.network
+    if config.lora_rank:
+        add_lora(teacher, STUDENT, config.lora_rank)
+        return teacher
+    if config.student == "teacher":
+        if config.student_changes:
+            raise OptionError("student_changes go with student=random or student=pruned")
+        return copy.deepcopy(teacher).requires_grad_(True)
+    if config.student in ("random", "pruned"):
+        student = student_like(teacher, **config.student_changes)
+        if config.student == "pruned":
+            prune(teacher, student)
+        return student.requires_grad_(True)
+    with zoo.folders.quiet([]):
+        other: Any = zoo.load_pipeline(config.student)
+    network: Any = getattr(other, host.component, None)
+    if not isinstance(network, nn.Module) or Host(other).shape != host.shape:
+        raise ModelError(f"{config.student!r} has no {host.component!r} for samples {host.shape}")
+    return network.requires_grad_(True)
+
+
+def _write(config: Config, folder: Path) -> None:
+    with whole(folder / SETTINGS) as temporary:
+        temporary.write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _cut_log(log: Path, images: int) -> None:
+    """Removes from a log what came after some images, and lines that were cut off."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    with whole(log) as temporary:
+        kept = "".join(f"{line}\n" for line in lines if _images(line) <= images)
+        temporary.write_text(kept, encoding="utf-8")
+
+
+def _images(line: str) -> float:
+    try:
+        return float(json.loads(line)["images"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
