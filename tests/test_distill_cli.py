@@ -57,7 +57,9 @@ def test_from_settings_to_a_pipeline_folder(made: Path, tmp_path: Path) -> None:
     measured = [row["validation"] for row in log if "validation" in row]
     assert {name.partition("/")[2] for name in measured[-1]} == {"1", "2"}
     page = (run / "report.html").read_text()
-    assert "rectified-flow from" in page and "16 of 16 images" in page and (run / "samples.png").stat().st_size
+    assert (
+        "rectified-flow from" in page and "16 of 16 images" in page and (run / "samples.png").stat().st_size
+    )
     assert str(out) in call("export", run, out, "--dtype", "float32")
     pipe: Any = DiffusionPipeline.from_pretrained(out)
     images = pipe([0, 1], num_inference_steps=2, guidance_scale=1.0, output_type="np",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import diffusers
@@ -12,20 +13,21 @@ from tiny_pipelines import TINY, ddim_scheduler, fresh, run
 from torch import nn
 
 from diffaccel import zoo
-from diffaccel.distill import export as exporting
 from diffaccel.distill import trial
 from diffaccel.distill.card import Card
 from diffaccel.distill.export import GUIDANCE_KEY, STEPS_KEY, export, export_lora
 from diffaccel.distill.grid import Calls, Grid, scheduler_for
 from diffaccel.distill.students import add_lora, lora_parameters, prune, student_like
 from diffaccel.errors import ModelError, OptionError, UnsupportedPipeline, UnsupportedScheduler
-from diffaccel.noise import path_of
+from diffaccel.noise import path_of, probe
 from diffaccel.pipelines import accelerate
 from diffaccel.samplers import FixedGridScheduler
 
-CARD = {"teacher": "somebody/teacher", "method": "rectified flow", "data": "Some pictures.", "licence": "CC0",
-        "images": 12_000, "hours": "1.5 of one CPU core", "figures": {"FID-1k": 0.5}, "limits": "Small."}  # fmt: skip
+CARD = {"teacher": "somebody/teacher", "method": "rectified flow", "data": "Some pictures.",
+        "licence": "CC0", "images": 12_000, "hours": "1.5 of one CPU core", "figures": {"FID-1k": 0.5},
+        "limits": "Small."}  # fmt: skip
 SIZE = {"height": 32, "width": 32}
+EXPORT = sys.modules["diffaccel.distill.export"]  # the package has a function of this name
 
 # ---------------------------------------------------------------- grids and schedulers
 
@@ -62,7 +64,7 @@ TABLE = {  # what was trained, how the pipeline calls its scheduler, and the sch
     "Euler's own": (FLOW, [Grid((1, 0.001)), Grid((1, 0.667, 0.334, 0.001))], None, EULER, {"shift": 1.0}),
     "stretched": (FLOW, [Grid((1, 0.6, 0.2))], None, EULER, {"shift_terminal": 0.2}),
     "first of DPM": (DPM_FLOW, [Grid((0.999,))], None, DPM, {"solver_order": 1, "use_flow_sigmas": True}),
-    "rounded times": (DPM_FLOW, [Grid((0.999, 0.4995)), Grid((0.999, 0.74925, 0.4995, 0.24975))], None, OWN, {}),
+    "rounded times": (DPM_FLOW, [Grid((0.999, 0.74925, 0.4995, 0.24975))], None, OWN, {}),
     "any times": (FLOW, [Grid((0.9, 0.5, 0.3))], None, OWN, {}),
     "fresh noise": (FLOW, uniform(4, kind="x0-jump"), None, EULER, {"stochastic_sampling": True}),
     "fresh noise, Flux": (FLOW, uniform(1, 2, 4, kind="x0-jump"), FLUX, EULER, {"stochastic_sampling": True}),
@@ -87,12 +89,13 @@ def test_which_scheduler_has_a_grid(case):
     found = scheduler_for(teacher, grids, calls)
     assert type(found).__name__ == name
     assert {key: found.config[key] for key in settings} == pytest.approx(settings)
+    most = 1 if probe(teacher).kind == "flow" else trailing(teacher, 1)[0].times[0]
     for grid in grids:
-        found.set_timesteps(**({"num_inference_steps": len(grid)} if calls is None else calls.arguments[len(grid)]))
+        count = {"num_inference_steps": len(grid)}
+        found.set_timesteps(**(count if calls is None else calls.arguments[len(grid)]))
         levels = path_of(found).levels[:-1]
         times = [level.sigma / (level.alpha + level.sigma) for level in levels]
-        assert times[1:] == pytest.approx(grid.times[1:], abs=1e-5)
-        assert times[0] == pytest.approx(min(grid.times[0], 0.94 if "noise" in case and times[0] < 0.95 else 1), abs=0.01)
+        assert times == pytest.approx([min(time, most) for time in grid.times], abs=1e-5)
 
 
 def test_grids_that_stock_schedulers_have():
@@ -149,8 +152,8 @@ def written(name, tmp_path, grids=None, jump=False, guidance=1.0, **options):
     grids = grids or [Grid.stock(pipe.scheduler, count, jump) for count in (1, 2)]
     call = {key: value for key, value in TINY[name].call.items() if key in (*SIZE, "max_sequence_length")}
     options = {"card": CARD, "options": call, **options}
-    student = changed(pipe)
-    return pipe, student, export(student, pipe, part_of(pipe), grids, tmp_path / "it", guidance=guidance, **options)
+    student, out = changed(pipe), tmp_path / "it"
+    return pipe, student, export(student, pipe, part_of(pipe), grids, out, guidance=guidance, **options)
 
 
 def reloaded(folder, dtype=torch.float16):
@@ -165,14 +168,13 @@ def reloaded(folder, dtype=torch.float16):
 ])  # fmt: skip
 def test_pipelines(name, jump, scheduler, tmp_path, caplog):
     """Stock diffusers loads the folder without a word, and it makes the student's images."""
-    before = {key: value.clone() for key, value in getattr(fresh(name), part_of(fresh(name))).state_dict().items()}
-    pipe, _, folder = written(name, tmp_path, jump=jump, conditions=["a boot", "a dress"] if name != "ddim"
-                              and name != "dit" else ())  # fmt: skip
+    pipe, _, folder = written(name, tmp_path, jump=jump)
     index = json.loads((folder / "model_index.json").read_text())
     modules = {entry[0] for entry in index.values() if isinstance(entry, list)}
     assert modules <= {"diffusers", "transformers", "stable_diffusion", None} and "_name_or_path" not in index
-    assert type(pipe.scheduler) is type(fresh(name).scheduler)
-    after = getattr(pipe, part_of(pipe)).state_dict()
+    other = fresh(name)
+    assert type(pipe.scheduler) is type(other.scheduler) and dict(pipe.config) == dict(other.config)
+    before, after = (getattr(one, part_of(one)).state_dict() for one in (other, pipe))
     assert all(torch.equal(after[key], before[key]) for key in before)
     logging.getLogger("diffusers").propagate = True
     student = reloaded(folder)
@@ -183,15 +185,15 @@ def test_pipelines(name, jump, scheduler, tmp_path, caplog):
     kinds = {tensor.dtype for tensor in getattr(student, part_of(pipe)).state_dict().values()}
     assert kinds == {torch.float16}
     text = (folder / "README.md").read_text()
-    for words in (CARD["teacher"], "rectified flow", "12,000 images", "CC0", "FID-1k", "Some pictures", scheduler,
-                  "float16", "loaded again", "num_inference_steps=2", "Small."):  # fmt: skip
+    for words in (CARD["teacher"], "rectified flow", "12,000 images", "CC0", "FID-1k", "Some pictures",
+                  scheduler, "float16", "loaded again", "num_inference_steps=2", "Small."):  # fmt: skip
         assert words in text
     assert [file.name for file in tmp_path.iterdir()] == ["it"]
 
 
 @pytest.mark.parametrize(("name", "guidance"), [("sd", 1.0), ("flux", 3.5)])
 def test_no_guidance_scale_can_do_harm(name, guidance, tmp_path):
-    """Stable Diffusion leaves guidance to the network, and Flux's constant is in a bias: all scales are one."""
+    """Stable Diffusion leaves guidance to the network, and Flux's constant is in a bias: scales are one."""
     pipe, student, folder = written(name, tmp_path, guidance=guidance)
     own = reloaded(folder, torch.float32)
     images = [run(TINY[name], own, 2, guidance_scale=scale) for scale in (1.0, guidance, 7.5)]
@@ -224,8 +226,8 @@ def test_pruned_zoo(tmp_path):
     student = student_like(pipe.transformer, num_layers=4, attention_head_dim=60, num_embeds_ada_norm=90)
     prune(pipe.transformer, student)
     student.train()
-    folder = export(student, pipe, "transformer", uniform(1, 2, 4), tmp_path / "slim", guidance=1.0, card=CARD,
-                    conditions=["red coat", "sneaker"])  # fmt: skip
+    folder = export(student, pipe, "transformer", uniform(1, 2, 4), tmp_path / "slim", guidance=1.0,
+                    card=CARD, conditions=["red coat", "sneaker"])  # fmt: skip
     assert student.training and all(module.training for module in student.modules())
     slim = reloaded(folder, torch.float32)
     assert type(slim.scheduler).__name__ == MAP and slim.labels == pipe.labels
@@ -253,8 +255,8 @@ def perturbed(folder, dtype):
 
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize(("module", "name", "fake", "words"), [
-    (exporting, "load_pipeline", perturbed, "loaded again, the student makes other images in 1 steps: they differ"),
-    (exporting, "scheduler_for", lambda teacher, grids, calls: diffusers.DDIMScheduler.from_config(teacher.config),
+    (EXPORT, "load_pipeline", perturbed, "loaded again, the student makes other images in 1 steps: they"),
+    (EXPORT, "scheduler_for", lambda teacher, *_: diffusers.DDIMScheduler.from_config(teacher.config),
      "the loaded scheduler's times of 1 steps are"),
     (trial, "_COARSE", 1e-9, "float16 changes the images of 1 steps"),
 ])  # fmt: skip
@@ -280,7 +282,7 @@ def test_wrong_arguments(tmp_path):
     grid, out, unet = Grid.stock(pipe.scheduler, 1), tmp_path / "it", pipe.unet
     common = {"guidance": 1.0, "card": CARD}
     for call, words in (
-        (lambda: export(unet, pipe, "transformer", grid, out, **common), "no network 'transformer'; known: text_enc"),
+        (lambda: export(unet, pipe, "transformer", grid, out, **common), "no network 'transformer'; known: te"),
         (lambda: export(nn.Linear(1, 1), pipe, "unet", grid, out, **common), "the student is a Linear"),
         (lambda: export(unet, pipe, "unet", grid, out, guidance=1.0, card={**CARD, "license": ""}),
          "no 'license'; did you mean 'licence'"),
@@ -330,8 +332,8 @@ def test_adapters_as_files(tmp_path):
         "README.md", "pytorch_lora_weights.safetensors", "scheduler"
     ]  # fmt: skip
     text = (folder / "README.md").read_text()
-    for words in ('from_pretrained("somebody/teacher")', 'load_lora_weights("lora")', "rank 2, alpha 6",
-                  'LCMScheduler.from_pretrained("lora", subfolder="scheduler")', "guidance_scale=1)"):  # fmt: skip
+    for words in ('from_pretrained("somebody/teacher")', 'load_lora_weights("lora")', "guidance_scale=1)",
+                  'LCMScheduler.from_pretrained("lora", subfolder="scheduler")', "rank 2, alpha 6"):  # fmt: skip
         assert words in text
     scheduler = diffusers.LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipe.scheduler, stock = scheduler, fresh("sd")
@@ -353,7 +355,7 @@ def test_refused_adapters(tmp_path):
     with pytest.raises(UnsupportedPipeline, match="DiTPipeline loads no adapters of 'transformer'; merge it"):
         export_lora(dit.transformer, "fast", dit, "transformer", grids, tmp_path / "it", **common)
     add_lora(dit.transformer, "fast", 2)
-    grid = Grid.stock(dit.scheduler, 1)
-    folder = export(dit.transformer, dit, "transformer", grid, tmp_path / "it", guidance=1.0, card=CARD, lora="fast")
+    grid, options = Grid.stock(dit.scheduler, 1), {"guidance": 1.0, "card": CARD, "lora": "fast"}
+    folder = export(dit.transformer, dit, "transformer", grid, tmp_path / "it", **options)
     assert not any("lora" in name for name, _ in reloaded(folder).transformer.named_parameters())
     assert Path(folder / "README.md").is_file()

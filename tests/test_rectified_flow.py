@@ -1,8 +1,9 @@
 """Rectified flow: laws of t, premetrics, samplers and the toy of the card, against closed forms.
 
-The wrapping of denoisers (check 8 of the card) is in test_denoiser.py; inversion (check 9) also in test_pairs.py.
+Check 8 of the card, the wrapping of denoisers, is in test_denoiser.py; check 9, inversion, in test_pairs.py.
 """
 
+import itertools
 import math
 
 import pytest
@@ -165,14 +166,14 @@ def offline():
 
 
 def test_offline_distance_sees_features(offline):
-    """Equal images are at 0; unit features make it blind to nothing but their length; gray images are images."""
+    """Equal images are at 0, worse ones farther away; gray images are images."""
     images = normal(2, 3, 32, 32, dtype=torch.float32).clamp(-1, 1) / 2
     steps = [
         offline(images + size * normal(2, 3, 32, 32, seed=1).float(), images)
         for size in (0.0, 0.02, 0.1, 0.5)
     ]
     assert torch.equal(steps[0], torch.zeros(2))
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert (after > before).all() and (after < 2).all()
     gray = images[:, :1]
     assert torch.allclose(
@@ -288,7 +289,7 @@ def test_samplers_on_the_exact_field():
     grids = [[(1 + math.cos(math.pi * n / count)) / 2 for n in range(count)] for count in (32, 64, 128)]
     for sampler, order in ((euler, 1), (heun, 2)):
         errors = [(sampler(ring.field, noise, grid) - x0).norm(dim=1).median() for grid in grids]
-        slopes = [float(torch.log2(a / b)) for a, b in zip(errors, errors[1:], strict=False)]
+        slopes = [float(torch.log2(a / b)) for a, b in itertools.pairwise(errors)]
         assert all(abs(slope - order) < 0.3 for slope in slopes), (errors, slopes)
     for wrong in (0, -1, (), (1.2, 0.5), (0.5, 0.5), (0.5, 0.0)):
         with pytest.raises(OptionError, match="fall"):
@@ -354,7 +355,7 @@ def toy():
 
 @pytest.mark.slow
 def test_a_first_flow_collapses_in_one_step(toy):
-    """Check 1 of the card: one step is the mean of the data; map RMSE is their std, 1.42, exactly so for the field."""
+    """Check 1 of the card: one step is the mean of the data, and its error their std, 1.42."""
     first, _, (noise, x0) = toy
     std, real = float(x0.std()), ring.data(2048, 300)
     for velocity, tolerance in ((ring.field, 0.02), (first, 0.06)):

@@ -48,10 +48,10 @@ FIRST_STEPS: Mapping[str, tuple[float, float]] = {"practice": (0.2, 0.8), "paper
 
 "practice" takes the student's own velocity as the first step's, as section 4.1 and the published code do;
 "paper" the frozen flow's, as the printed equation does, at one more evaluation. On a toy (8 modes on a ring,
-3 layers of 24, ``benchmarks/flow_toys.py``, three seeds) a flow with one-step errors of 0.228, 0.234 and 0.253
-is distilled to 0.098, 0.103 and 0.107 without two steps, to 0.100, 0.107 and 0.114 with those of "practice",
-and to 0.134, 0.142 and 0.151 with those of "paper": the frozen flow's step from pure noise, which is its worst,
-draws the student back to it.
+3 layers of 24, ``benchmarks/flow_toys.py``, three seeds) flows with one-step errors of 0.228, 0.234 and 0.253
+are distilled to 0.098, 0.103 and 0.107 without two steps, to 0.100, 0.107 and 0.114 with those of "practice",
+and to 0.134, 0.142 and 0.151 with those of "paper": the step from pure noise is the frozen flow's worst one,
+and draws the student back to it.
 """
 
 _SQUARED = L2()
