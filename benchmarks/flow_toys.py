@@ -1,7 +1,7 @@
 """The toys of rectified flow and SlimFlow at full length: 8 modes on a ring, against the exact map.
 
 ``python benchmarks/flow_toys.py --seeds 0 1 2`` prints three tables: reflows, their loss against t, and slim
-students. A seed takes about three minutes on one core. tests/ring.py is the toy; the tests train it shorter.
+students. A seed takes about two minutes on one core. tests/ring.py is the toy; the tests train it shorter.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,10 +64,10 @@ class Networks(nn.Module):
             self.register_parameter(f"w{layer}", nn.Parameter(weight.repeat(count, 1, 1)))
             self.register_parameter(f"b{layer}", nn.Parameter(bias.repeat(count, 1, 1)))
 
-    def forward(self, x, t):
-        h = torch.cat([x, 2 * t.to(x)[:, None] - 1], 1).view(self.count, -1, 3)
+    def forward(self, x, t, part=slice(None)):
+        h = torch.cat([x, 2 * t.to(x)[:, None] - 1], 1).view(len(self.w0[part]), -1, 3)
         for layer in range(4):
-            h = torch.baddbmm(getattr(self, f"b{layer}"), h, getattr(self, f"w{layer}"))
+            h = torch.baddbmm(getattr(self, f"b{layer}")[part], h, getattr(self, f"w{layer}")[part])
             h = nn.functional.silu(h) if layer < 3 else h
         return h.reshape(-1, 2)
 
@@ -211,16 +212,15 @@ def slim_flows(seed, coupled, iterations, batch=512):
 def slim_students(flow, seed, coupled, iterations, batch=512):
     """Three one-step students of a flow: without two steps, with those of practice, and of the paper."""
     noise, x0 = (part.float() for part in coupled)
-    frozen = flow.beside(flow, flow).requires_grad_(False)
 
     def loss(networks, n, source):
         rows = torch.randint(len(noise), (batch,), generator=source).repeat(3)
-        terms = [distill_loss(networks, x0[rows], noise[rows]).view(3, -1)]
-        fresh = torch.randn(batch, 2, generator=source).repeat(3, 1)
+        terms = list(distill_loss(networks, x0[rows], noise[rows]).view(3, -1))
+        fresh = torch.randn(batch, 2, generator=source)
         for place, rule in enumerate(("practice", "paper"), 1):
-            s = middle_times(Numbers(batch, source), rule).repeat(3)
-            term = two_step_loss(networks, frozen, fresh, s, first_step=rule).view(3, -1)
-            terms.append(term * (torch.arange(3) == place)[:, None])
-        return sum(terms).flatten()
+            student = partial(networks, part=slice(place, place + 1))
+            s = middle_times(Numbers(batch, source), rule)
+            terms[place] = terms[place] + two_step_loss(student, flow, fresh, s, first_step=rule)
+        return torch.cat(terms)
 
     return train(flow.beside(flow, flow), loss, iterations, seed)

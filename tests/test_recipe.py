@@ -327,8 +327,7 @@ def test_shift_keeps_what_the_frame_surrounds():
 
 @pytest.mark.parametrize("target", config.TARGETS)
 def test_export(target, folder, tmp_path):
-    init = "zoo" if target != "mar" else "scratch"  # not shipped yet
-    trainer = train.start(settings(target, folder, init=init, images=4), tmp_path / "run")
+    trainer = train.start(settings(target, folder, init="zoo", images=4), tmp_path / "run")
     trainer.fit(quiet=True)
     out = tmp_path / "out" / "model"
     message = export.export(tmp_path / "run", out)

@@ -120,7 +120,8 @@ def scheduler_for(teacher: Any, grids: Grid | Sequence[Grid], calls: Calls | Non
     Arguments:
         teacher: The scheduler of the teacher's pipeline.
         grids: The grids of all numbers of steps that were trained, of one kind.
-        calls: How the pipeline calls it; None for ``set_timesteps`` with the number of steps alone.
+        calls: How the pipeline calls it; None for ``set_timesteps`` with the number of steps alone, and then
+            schedulers that every pipeline can call come first.
 
     Raises:
         OptionError: If the kinds differ, or do not go with the teacher's path.
@@ -128,7 +129,10 @@ def scheduler_for(teacher: Any, grids: Grid | Sequence[Grid], calls: Calls | Non
     """
     grids = (grids,) if isinstance(grids, Grid) else tuple(grids)
     reference = fixed_grid(teacher, grids)
-    for candidate in _candidates(reference, teacher, grids):
+    candidates = list(_candidates(reference, teacher, grids))
+    if calls is None:
+        candidates.sort(key=lambda candidate: not hasattr(candidate, "scale_model_input"))
+    for candidate in candidates:
         if agrees(candidate, reference, calls):
             return type(candidate).from_config(candidate.config)
     return fixed_grid(teacher, grids)

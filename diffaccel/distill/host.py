@@ -79,7 +79,10 @@ class Host:
         check_pipeline(pipe)
         self.pipe, self.kind = sibling(pipe), kind_of(pipe)
         self.pipe.set_progress_bar_config(disable=True)
-        self.options = {"num_inference_steps": 4, **arguments_of(pipe, options or {})}
+        steps = max(getattr(pipe.scheduler, "grids", {4}))  # a student takes the numbers it was trained for
+        self.options = {"num_inference_steps": steps, **arguments_of(pipe, options or {})}
+        if steps < 2:
+            raise UnsupportedPipeline(f"this {type(pipe).__name__} makes one step only")
         self._numbers: dict[Any, int] = {}
         self._known: Inputs | None = None
         call = unguided(self.pipe, [self._any_condition()] * 2, self.options)

@@ -113,7 +113,7 @@ def euler_anchored(velocity: Velocity, noise: Tensor, steps: Steps) -> Tensor:
     Arguments:
         velocity: The velocity field.
         noise: Standard normal noise, with shape (B, *).
-        steps: The steps, as many as evaluations; with one it is Euler's method.
+        steps: The steps, as many as evaluations; with one or two it is Euler's method.
 
     Raises:
         OptionError: If there is no step, or times do not fall.

@@ -16,7 +16,7 @@ from ..eval.sampler import Sampler, default_conditions
 from ..eval.scoring import reference_of
 from ..eval.statistics import Statistics, collect
 from ..pipelines.capturing import sibling
-from .grid import scheduler_for
+from .grid import fixed_grid
 from .health import Health, examine
 from .method import Method
 from .runs import Run, guidance_of
@@ -31,10 +31,10 @@ SHOWN, TEACHER = 10, 64
 
 
 def student_pipe(pipe: Any, component: str, network: nn.Module, method: Method, steps: Sequence[int]) -> Any:
-    """Returns a pipeline with a student in the place of its network, and the scheduler of its grids."""
+    """Returns a pipeline with a student in the place of its network, and a scheduler of its grids."""
     student = sibling(pipe)
     setattr(student, component, network)
-    student.scheduler = scheduler_for(pipe.scheduler, [method.grid(n) for n in steps])
+    student.scheduler = fixed_grid(pipe.scheduler, [method.grid(n) for n in steps])
     student.set_progress_bar_config(disable=True)
     return student
 

@@ -38,7 +38,8 @@ class Sampler:
         pipe: The pipeline: prompted, class-conditional or unconditional.
         conditions: Prompts; class names or numbers; or for an unconditional pipeline nothing.
         steps: The number of inference steps.
-        guidance: The guidance scale, or None for the pipeline's own.
+        guidance: The guidance scale, or None for the pipeline's own: the one that a student was trained
+            for, or the default of its call.
         seed: The seed of the first image's noise; the next image has the next one.
         count: The number of images of an unconditional pipeline.
 
@@ -60,7 +61,7 @@ class Sampler:
         if guidance is not None and "guidance_scale" not in known:
             raise OptionError(f"{name} takes no guidance")
         if guidance is None and "guidance_scale" in known:
-            guidance = known["guidance_scale"].default
+            guidance = pipe.scheduler.config.get("_guidance_scale", known["guidance_scale"].default)
         self.guidance = guidance
         if self.kind == "batch_size" and self.conditions:
             raise OptionError(f"{name} takes no prompt; it is unconditional")

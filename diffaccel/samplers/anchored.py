@@ -4,6 +4,7 @@ References:
     Improving the Training of Rectified Flows (2024), arXiv 2405.20320 (the new update rule)
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +31,9 @@ class AnchoredFlowScheduler(SchedulerMixin, ConfigMixin):
 
         x_s = (1 - s) x0_hat + s z,
 
-    in float32 or wider. Of a perfect reflow this is Euler's method, as it is with one step. Of a real one, it
-    does not carry along the error of the noise that x_t and the velocity imply. Without reflow it can be
-    worse than Euler's method: see ``benchmarks/flow_toys.py``.
+    in float32 or wider. Of a perfect reflow this is Euler's method, as it is with one step or two. Of a real
+    one, it does not carry along the error of the noise that x_t and the velocity imply. Without reflow it can
+    be worse than Euler's method: see ``benchmarks/flow_toys.py``.
 
     z is the sample of the first step, if its sigma is 1. A run that begins in mid-schedule (image-to-image),
     or with sigmas below 1, has no such sample: it makes Euler's steps, x_s = x_t + (s - t) velocity.
@@ -138,7 +139,7 @@ class AnchoredFlowScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = self._step_index = self._noise = None
 
     def _check(self, levels: Sequence[float], count: int | None) -> None:
-        falling = all(t > s for t, s in zip(levels, (*levels[1:], 0.0), strict=True))
+        falling = all(t > s for t, s in itertools.pairwise((*levels, 0.0)))
         if not levels or levels[0] > 1 or not falling:
             raise OptionError(f"the times {levels} do not fall from at most 1 to above 0")
         if count is not None and count != len(levels):
