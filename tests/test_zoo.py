@@ -41,14 +41,14 @@ def edit_json(file, **changes):
 
 
 def test_names_and_size():
-    assert {"tiny-fashion-dit", "tiny-fashion-sd"} <= set(zoo.names())
+    assert {"tiny-fashion-dit", "tiny-fashion-mar", "tiny-fashion-sd"} <= set(zoo.names())
     folder = Path(zoo.__file__).parent
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 40e6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 60e6
     for name in zoo.names():
         assert (zoo.path(name) / "README.md").is_file()
 
 
-@pytest.mark.parametrize("name", ["tiny-fashion-sd", "tiny-fashion-dit"])
+@pytest.mark.parametrize("name", ["tiny-fashion-sd", "tiny-fashion-dit", "tiny-fashion-mar"])
 def test_two_steps(name):
     pipe = zoo.load(name)
     pipe.set_progress_bar_config(disable=True)

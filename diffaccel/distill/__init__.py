@@ -9,7 +9,7 @@ from .method import Method, Setup, methods
 from .pairs import PairStore, make_pairs
 from .rectified_flow import RectifiedFlow
 from .runs import Run, resume, start
-from .slimflow_method import SlimFlow
+from .slimflow import SlimFlow
 from .trainer import Trainer
 
 __all__ = [

@@ -197,9 +197,7 @@ def _build(config: Config, folder: Path) -> Run:
     pipe.to(accelerator.device)
     host = Host(pipe)
     if host.shape != store.shape:
-        raise OptionError(
-            f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}"
-        )
+        raise OptionError(f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}")
     folder.mkdir(parents=True, exist_ok=True)
     method = _begun(config, host, store, accelerator.device)
     facts = {**{key: asdict(config)[key] for key in _COURSE}, "teacher": digest, "pairs": store.digest}
