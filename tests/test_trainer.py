@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import TINY
 from torch import Tensor
 
+from diffaccel import zoo
 from diffaccel.distill import checkpoints, runs
 from diffaccel.distill.checkpoints import CheckpointError
 from diffaccel.distill.config import Config, merge, read
@@ -292,6 +293,25 @@ def test_lora_students_share_the_base(made: Path, tmp_path: Path) -> None:
     part = resume(tmp_path / "part")
     part.trainer.fit()
     assert_same(state(whole), state(part))
+
+
+def test_lora_of_the_zoo_holds_one_base(tmp_path: Path) -> None:
+    """Training the UNet of tiny-fashion-sd with an adapter needs its weights once, and little more."""
+    pipe: Any = zoo.load("tiny-fashion-sd")
+    pipe.set_progress_bar_config(disable=True)
+    base = sum(p.untyped_storage().nbytes() for p in pipe.unet.parameters())
+    make_pairs(tmp_path / "pairs", pipe, zoo.prompts(2), count=2, steps=1, guidance=1.0, batch=2)
+    settings = {"method": "test-plain", "teacher": "tiny-fashion-sd", "pairs": str(tmp_path / "pairs"),
+                "run": str(tmp_path / "run"), "images": 2, "batch": 2, "lora_rank": 4, "eval_count": 0}  # fmt: skip
+    run = start(merge(settings))
+    run.trainer.update()
+    networks = (run.method.setup.teacher, run.method.setup.student, run.host.network, run.pipe.unet)
+    stored = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+              for network in networks for p in network.parameters()}  # fmt: skip
+    role = run.trainer.roles["student"]
+    added = sum(p.untyped_storage().nbytes() for p in role.parameters)
+    assert sum(stored.values()) == base + added and added < 0.03 * base
+    assert all(p.grad is None for p in run.pipe.unet.parameters())
 
 
 @pytest.mark.parametrize(("settings", "words"), [
