@@ -1,15 +1,12 @@
 """`diffaccel fid`, `stats`, `eval` and `report` end to end: the same numbers however a run ends."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from forking import forked, together
 from torchvision.utils import save_image
 
 from diffaccel import cli, zoo
@@ -172,41 +169,29 @@ def test_parts_without_their_settings_are_refused(run, tmp_path):
     assert code == 2 and "settings.json" in err and "--restart" in err
 
 
-def process(out, *launcher, n=10):
-    words = ("eval", DIT, "--accel", "reuse", *FAST, "--n", n, "--out", out)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([*(launcher or (sys.executable,)), "-m", "diffaccel", *map(str, words)],
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_record(run, tmp_path):
-    whole = process(tmp_path / "a", n=24)
-    assert whole.wait(200) == 0, whole.stdout.read()
-    killed = process(tmp_path / "b", n=24)
+    whole, _ = evaluate(run, tmp_path / "a", "--n", 24)
+    words = ("eval", DIT, "--accel", "reuse", *FAST, "--n", 24, "--out", tmp_path / "b")
+    killed = forked(lambda: cli.main([str(word) for word in words]))
     deadline = time.monotonic() + 100
     while not list((tmp_path / "b").glob("parts/part-*")):
-        assert time.monotonic() < deadline and killed.poll() is None
+        assert time.monotonic() < deadline and killed.is_alive()
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     assert (
         len(list((tmp_path / "b" / "parts").glob("part-*"))) < 6
         and not (tmp_path / "b" / "eval.json").exists()
     )
-    again = process(tmp_path / "b", n=24)
-    assert again.wait(200) == 0, again.stdout.read()
-    assert (tmp_path / "b" / "eval.json").read_bytes() == (tmp_path / "a" / "eval.json").read_bytes()
+    assert evaluate(run, tmp_path / "b", "--n", 24)[0] == whole
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path):
-    one = process(tmp_path / "a")
-    assert one.wait(200) == 0, one.stdout.read()
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
-    two = process(tmp_path / "b", *launcher)
-    assert two.wait(250) == 0, two.stdout.read()
+def test_two_processes_give_the_numbers_of_one(run, tmp_path):
+    evaluate(run, tmp_path / "a")
+    words = ("eval", DIT, "--accel", "reuse", *FAST, "--out", tmp_path / "b")
+    together(lambda: cli.main([str(word) for word in words]))
     ours, theirs = (json.loads((tmp_path / name / "eval.json").read_text()) for name in "ab")
     for a, b in zip(ours["rows"], theirs["rows"], strict=True):
         assert a["scores"]["fid"]["value"] == pytest.approx(b["scores"]["fid"]["value"], rel=1e-9)

@@ -1,10 +1,7 @@
 """The trainer: exact resume, the same course however a batch is divided, averages, phases and refusals."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from forking import forked, together
 from safetensors.torch import load_file
 from tiny_pipelines import TINY
 from torch import Tensor
@@ -141,35 +138,13 @@ def test_parts_of_a_batch_make_the_same_step(made: Path, tmp_path: Path) -> None
     assert_same(state(one), state(parts), 1e-6)
 
 
-def forked(settings: dict[str, Any], environment: dict[str, str], pause: float = 0.0) -> Any:
-    """A process that trains, with all that is imported here already."""
-
-    def work() -> None:
-        os.environ.update(environment)
-        AcceleratorState._reset_state(True)
-        run = start(merge(settings))
-        run.trainer.fit(stop=40 if pause else 12, show=lambda trainer: time.sleep(pause))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
 def test_two_processes_make_the_course_of_one(made: Path, tmp_path: Path) -> None:
     """Two processes give the losses of one with the same batch, and a checkpoint that one does not take."""
     settings = config(made, tmp_path / "one", optimizer="SGD", log_images=4)
     one = start(settings)
     one.trainer.fit(stop=12)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-              "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-    second = {**asdict(settings), "run": str(tmp_path / "two")}
-    running = [forked(second, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
-    for process in running:
-        process.join(timeout=120)
-    assert [process.exitcode for process in running] == [0, 0]
+    second = merge({**asdict(settings), "run": str(tmp_path / "two")})
+    together(lambda: start(second).trainer.fit(stop=12))
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     for ours, theirs in zip(*logs, strict=True):
         assert json.loads(ours)["student/flow"] == pytest.approx(json.loads(theirs)["student/flow"], abs=1e-6)
@@ -186,7 +161,8 @@ def test_a_killed_run_goes_on(made: Path, tmp_path: Path) -> None:
     whole = start(settings)
     whole.trainer.fit()
     killed = tmp_path / "killed"
-    process = forked({**asdict(settings), "run": str(killed), "save_minutes": 0.0}, {}, pause=0.05)
+    second = merge({**asdict(settings), "run": str(killed), "save_minutes": 0.0})
+    process = forked(lambda: start(second).trainer.fit(show=lambda trainer: time.sleep(0.05)))
     deadline = time.monotonic() + 60
     while len(checkpoints.find(killed)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -302,7 +278,8 @@ def test_lora_of_the_zoo_holds_one_base(tmp_path: Path) -> None:
     base = sum(p.untyped_storage().nbytes() for p in pipe.unet.parameters())
     make_pairs(tmp_path / "pairs", pipe, zoo.prompts(2), count=2, steps=1, guidance=1.0, batch=2)
     settings = {"method": "test-plain", "teacher": "tiny-fashion-sd", "pairs": str(tmp_path / "pairs"),
-                "run": str(tmp_path / "run"), "images": 2, "batch": 2, "lora_rank": 4, "eval_count": 0}  # fmt: skip
+                "run": str(tmp_path / "run"), "images": 2, "batch": 2, "lora_rank": 4,
+                "eval_count": 0}  # fmt: skip
     run = start(merge(settings))
     run.trainer.update()
     networks = (run.method.setup.teacher, run.method.setup.student, run.host.network, run.pipe.unet)
