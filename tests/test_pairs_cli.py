@@ -6,9 +6,14 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from torchvision.utils import save_image
 
 from diffaccel import cli, zoo
+from diffaccel.distill.denoiser import Denoiser, guided_velocity
+from diffaccel.distill.host import Host
+from diffaccel.distill.latents import decoder_of
 from diffaccel.distill.pairs import PairStore
+from diffaccel.distill.reflow import heun
 
 DIT = "tiny-fashion-dit"
 FAST = ("--n", 5, "--steps", 2, "--guidance", 2.5, "--scheduler", "dpm++", "--batch", 2, "--shard-size", 2)
@@ -80,3 +85,27 @@ def test_mistakes_are_one_line(run, tmp_path):
         assert expected in err, (words, err)
     assert run("--out", tmp_path / "pairs", model="no-such-model")[0] == 2
     assert not (tmp_path / "pairs").exists()
+
+
+def test_real_images_are_led_back_to_noise(run, tmp_path):
+    """The pairs are of data, and the teacher's ODE leads from their noise to them again."""
+    images, numbers = zoo.reference()
+    (tmp_path / "images").mkdir()
+    for n, image in enumerate(images[:3]):
+        save_image(image / 255, tmp_path / "images" / f"{n}.png")
+    (tmp_path / "prompts.txt").write_text("".join(f"{zoo.LABELS[n]}\n" for n in numbers[:3]))
+    code, _, err = run("--real", tmp_path / "images", "--prompts", tmp_path / "prompts.txt", "--n", 3,
+                       "--steps", 24, "--guidance", 1, "--quiet", "--out", tmp_path / "pairs")  # fmt: skip
+    assert code == 0, err
+    store = PairStore(tmp_path / "pairs")
+    assert store.kind == "real" and store.guidance == 1 and store.settings["evaluations"] == 24
+    x0, noise, conditions = store.rows(range(3))
+    host = Host(zoo.load(DIT))
+    decode = decoder_of(host)
+    assert decode is not None
+    shown = (decode(x0).detach().clamp(-1, 1) + 1) * 127.5
+    assert (shown - images[:3]).square().mean().sqrt() < 12  # the autoencoder's own error
+    field = guided_velocity(Denoiser.of(host), host.encode(conditions), None, 1.0)
+    again = heun(field, noise, 12)
+    assert (again - x0).square().mean().sqrt() < 0.25 * x0.std()
+    assert 0.5 < noise.std() < 1.2  # 0.67: of flat backgrounds a small model makes too little noise

@@ -1,5 +1,6 @@
 """``diffaccel distill ...``: the commands that make a few-step student of a pipeline."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,10 @@ def pairs_(
     float32: Annotated[
         bool, typer.Option("--float32", help="Store samples in float32, not float16.")
     ] = False,
+    real: Annotated[
+        Path | None,
+        typer.Option(help="Images to lead back to noise, by --steps evaluations; a line of --prompts each."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     verify: Annotated[
@@ -58,7 +63,8 @@ def pairs_(
         stored = "float32" if float32 else "float16"
         settings = command.Settings(model, n, steps, guidance, scheduler, prompts, batch, seed, shard_size,
                                     stored, device, dtype)  # fmt: skip
-        found = command.pairs(settings, out, quiet)
+        made = command.pairs if real is None else partial(command.inverted, real=real)
+        found = made(settings, out=out, silent=quiet)
         if found is None:
             return
         store = found

@@ -7,6 +7,7 @@ The path is the straight one,
 whatever the network was trained on and whatever it predicts: `units` tells where it has the same level.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .adapters import using
 from .host import Host, Inputs
 from .units import Units
 
-__all__ = ["Denoiser", "Prediction"]
+__all__ = ["Denoiser", "Prediction", "guided_velocity"]
 
 
 class Prediction(NamedTuple):
@@ -107,6 +108,28 @@ class Denoiser(nn.Module):
             packed = inputs.call(self.network, sample.to(dtype), timestep.to(torch.float32))
         output = packed if isinstance(packed, Tensor) else packed[0]
         return wide(_without_variance(output, sample))
+
+
+def guided_velocity(
+    denoiser: Denoiser, cond: Inputs, uncond: Inputs | None, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns the velocity field u + scale (c - u) with its conditions bound: (x_t, t) -> (B, *).
+
+    Arguments:
+        denoiser: The denoiser.
+        cond: What it is given for the conditions.
+        uncond: What it is given for none; None if the scale is 1.
+        scale: The guidance scale; 1 is off.
+    """
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        c = denoiser(x_t, t, cond).velocity
+        if uncond is None or scale == 1:
+            return c
+        u = denoiser(x_t, t, uncond).velocity
+        return u + scale * (c - u)
+
+    return velocity
 
 
 def _without_variance(output: Any, sample: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -12,9 +11,10 @@ from torch import Tensor
 from ..errors import OptionError, closest
 from ..options import check_names, check_options
 from .data import Batch
-from .denoiser import Denoiser
+from .denoiser import Denoiser, guided_velocity
 from .grid import Grid
 from .host import Host, Inputs
+from .inversion import Velocity
 from .students import student_like
 
 __all__ = ["Method", "Setup", "methods"]
@@ -103,9 +103,9 @@ class Method(ABC):
         """Begins a phase, the first having the number 0; the student's weights are its average then."""
         return None
 
-    def velocity(self, network: Denoiser, inputs: Inputs) -> Any:
+    def velocity(self, network: Denoiser, inputs: Inputs) -> Velocity:
         """Returns the velocity field of a network with its conditions bound: (x_t, t) -> (B, *)."""
-        return partial(_velocity, network, inputs)
+        return guided_velocity(network, inputs, None, 1.0)
 
     def snapshot(self) -> Denoiser:
         """Returns a frozen copy of the student as it is now, to be kept in `frozen`."""
@@ -136,7 +136,3 @@ def method_of(name: str, options: Mapping[str, Any]) -> Method:
 def options_of(method: Method) -> dict[str, Any]:
     """Returns the options of a method."""
     return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-
-
-def _velocity(network: Denoiser, inputs: Inputs, x_t: Tensor, t: Tensor) -> Tensor:
-    return network(x_t, t, inputs).velocity

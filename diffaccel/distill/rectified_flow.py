@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..options import option
 from .data import Batch
-from .decoding import decoder_of
 from .densities import DENSITIES
+from .latents import decoder_of
 from .method import Method, Setup
 from .premetrics import PREMETRICS, Premetric, load_perceptual, premetric_of
 from .reflow import flow_loss

@@ -135,9 +135,12 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
     config, facts = run.config, run.store.settings
     grids = [run.method.grid(n) for n in config.steps]
     guided = "" if run.store.guidance is None else f", guidance {run.store.guidance:g} (in the samples)"
+    what = f"noise and the teacher's sample, {facts.get('steps')} steps"
+    if run.store.kind == "real":
+        what = "data and the noise that they lead back to"
     card = {
         "teacher": config.teacher, "method": config.method, "images": run.trainer.images,
-        "data": f"{len(run.store)} pairs of noise and the teacher's sample, {facts['steps']} steps{guided}",
+        "data": f"{len(run.store)} pairs of {what}{guided}",
         "licence": "that of the teacher", "hours": f"{run.trainer.seconds / 3600:.2f}",
         "figures": run.trainer.figures, "limits": f"trained for {', '.join(map(str, config.steps))} steps",
     }  # fmt: skip

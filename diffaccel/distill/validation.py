@@ -100,7 +100,9 @@ class Validation:
         """Returns the health of the teacher's own images, which are made once."""
         if self._teacher is None:
             store = self.run.store
-            images = self._sample(self.run.pipe, int(store.settings["steps"]), TEACHER, store.guidance)
+            images = self._sample(
+                self.run.pipe, int(store.settings.get("steps", 50)), TEACHER, store.guidance
+            )
             self.shown["teacher"] = images[:SHOWN]
             self._teacher = examine(images, self.conditions[:TEACHER])
         return self._teacher
