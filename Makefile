@@ -20,9 +20,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(STAMP)  # docs/zoo.md and docs/guidance-table.md from benchmarks/*.json
+tables: $(STAMP)  # docs/zoo.md, docs/guidance-table.md and docs/disa-table.md from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
+	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

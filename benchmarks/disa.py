@@ -58,6 +58,7 @@ def methods(steps: int, tolerances: list[float]) -> dict[str, Any]:
         "cosine 50 to 5": StepAnnealing(50, 5, "cosine"),
         "two-stage 50, 5": StepAnnealing(50, 5, "two-stage"),
         **{f"auto {value:g}": StepAnnealing(50, 2, "auto", tolerance=value) for value in tolerances},
+        "DiSA 50 to 5, trunk every 2nd step": [StepAnnealing(50, 5), "reuse"],
         "constant 10": StepAnnealing(10, 10), "constant 5": StepAnnealing(5, 5),
     }  # fmt: skip
 
@@ -144,7 +145,7 @@ def measure(arguments: argparse.Namespace) -> None:
             print(steps, name, rows[-1]["head"], *(shown(rows[-1][key]) for key in ("fd", "class")),
                   shown(rows[-1]["fd_minus_plain"], True), flush=True)  # fmt: skip
         if arguments.rounds:
-            timed = {name: chosen[name] for name in list(chosen)[:3]}
+            timed = {name: chosen[name] for name in (*list(chosen)[:3], "auto 0.2", list(chosen)[-3])}
             seconds[str(steps)] = runs.speed(steps, timed, arguments.rounds)
             print(seconds[str(steps)], flush=True)
         record = {

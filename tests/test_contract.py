@@ -70,9 +70,13 @@ def fast_of(name, accel):
 
 
 def sibling_of(pipe):
-    """A plain pipeline that shares everything with another but the scheduler."""
+    """A plain pipeline that shares all networks with another.
+
+    Tokenizers are its own: threads that share one get each other's padding, without any code of ours.
+    """
     base = getattr(type(pipe), "_diffaccel_base", type(pipe))
-    parts = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
+    own = [name for name in pipe.components if name == "scheduler" or name.startswith("tokenizer")]
+    parts = {**pipe.components, **{name: copy.deepcopy(getattr(pipe, name)) for name in own}}
     config = {name: value for name, value in pipe.config.items() if name not in parts and name[0] != "_"}
     options = {name: value for name, value in config.items() if name in inspect.signature(base).parameters}
     sibling = base(**parts, **options)
