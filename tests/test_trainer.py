@@ -328,3 +328,18 @@ def test_teacher_and_pairs_have_to_fit(made: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="needs pairs=FOLDER"):
         start(config(made, tmp_path / "run", pairs=""))
     assert runs.checkpoints.find(tmp_path / "run") == []
+
+
+def test_two_processes_take_both_terms_of_one_student(made: Path, tmp_path: Path) -> None:
+    """SlimFlow evaluates the student twice an update: on two processes the course is that of one, too."""
+    changes = {"method": "slimflow", "optimizer": "SGD", "log_images": 4, "ema_images": 0,
+               "options": {"distill_part": 0.8}}  # fmt: skip
+    settings = config(made, tmp_path / "one", **changes)
+    start(settings).trainer.fit(stop=16)
+    second = merge({**asdict(settings), "run": str(tmp_path / "two")})
+    together(lambda: start(second).trainer.fit(stop=16))
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))  # fmt: skip
+    assert {"student/distill", "student/two-step"} <= one[-1].keys()
+    for name in ("student/distill", "student/two-step"):
+        assert one[-1][name] == pytest.approx(two[-1][name], rel=1e-6)

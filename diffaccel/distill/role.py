@@ -77,8 +77,10 @@ class Role:
             group["lr"] = lr
         found = self._accelerator.clip_grad_norm_(self.parameters, clip or float("inf"))
         norm = torch.as_tensor(0.0 if found is None else found)
-        if bool(torch.isfinite(norm)):  # the one number an update that is read from the device
+        finite = bool(torch.isfinite(norm))  # the one number an update that is read from the device
+        if finite or self._accelerator.scaler is not None:  # that leaves them out itself
             self.optimizer.step()
+        if finite:
             self.updates += 1
             if self.average is not None:
                 self.average.step(self.parameters)
