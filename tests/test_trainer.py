@@ -332,7 +332,7 @@ def test_teacher_and_pairs_have_to_fit(made: Path, tmp_path: Path) -> None:
 
 def test_two_processes_take_both_terms_of_one_student(made: Path, tmp_path: Path) -> None:
     """SlimFlow evaluates the student twice an update: on two processes the course is that of one, too."""
-    changes = {"method": "slimflow", "optimizer": "SGD", "log_images": 4, "ema_images": 0,
+    changes = {"method": "slimflow", "optimizer": "SGD", "lr": 1e-6, "log_images": 4, "ema_images": 0,
                "options": {"distill_part": 0.8}}  # fmt: skip
     settings = config(made, tmp_path / "one", **changes)
     start(settings).trainer.fit(stop=16)
