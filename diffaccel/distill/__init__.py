@@ -5,7 +5,7 @@ from .denoiser import Denoiser, Prediction
 from .export import export, export_lora
 from .grid import Grid
 from .host import Host
-from .method import Method, Setup, methods
+from .method import Expert, Method, Setup, methods
 from .pairs import PairStore, make_pairs
 from .rectified_flow import RectifiedFlow
 from .runs import Run, resume, start
@@ -13,6 +13,6 @@ from .slimflow import SlimFlow
 from .trainer import Trainer
 
 __all__ = [
-    "Config", "Denoiser", "Grid", "Host", "Method", "PairStore", "Prediction", "RectifiedFlow", "Run",
+    "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction", "RectifiedFlow", "Run",
     "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from .host import Host, Inputs
 from .inversion import Velocity
 from .students import student_like
 
-__all__ = ["Method", "Setup", "methods"]
+__all__ = ["Expert", "Method", "Setup", "methods"]
 
 _METHODS: dict[str, type["Method"]] = {}
 
@@ -39,6 +39,21 @@ class Setup:
     student: Denoiser
     guidance: float | None
     images: int
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A network that is a part of the student.
+
+    Arguments:
+        denoiser: The network.
+        boundary: The lowest time of the straight path, in [0, 1), at which it is evaluated.
+        conditions: The conditions for which it is evaluated; None for all.
+    """
+
+    denoiser: Denoiser
+    boundary: float = 0.0
+    conditions: tuple[str | int, ...] | None = None
 
 
 @dataclass
@@ -93,6 +108,10 @@ class Method(ABC):
     def grid(self, steps: int) -> Grid:
         """Returns the times at which a student with so many steps is evaluated."""
         return Grid.stock(self.setup.host.pipe.scheduler, steps)
+
+    def experts(self) -> tuple[Expert, ...]:
+        """Returns the networks that the student consists of, those for the highest times first."""
+        return (Expert(self.networks["student"]),)
 
     @property
     def boundaries(self) -> tuple[int, ...]:
