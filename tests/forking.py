@@ -1,6 +1,6 @@
 """Processes for runs that are killed, and for runs on several processes; one server imports for all of them.
 
-They are not forked from the tests' own process: once a test has trained there, PyTorch refuses to in its forks.
+They are not forked from the tests' own process: PyTorch does not train in the forks of one that has.
 """
 
 import multiprocessing

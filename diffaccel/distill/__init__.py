@@ -13,6 +13,7 @@ from .slimflow import SlimFlow
 from .trainer import Trainer
 
 __all__ = [
-    "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction", "RectifiedFlow", "Run",
-    "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
+    "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction", "RectifiedFlow",
+    "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume",
+    "start",
 ]  # fmt: skip
