@@ -132,7 +132,7 @@ class Method(ABC):
         network: Any = getattr(student.network, "module", student.network)
         copied = student_like(network)  # a deep copy would take along what accelerate does to its forward
         copied.load_state_dict(network.state_dict())
-        copied.to(next(network.parameters()).device).requires_grad_(False)
+        copied.to(next(network.parameters()).device).requires_grad_(False).eval()  # DiT drops labels else
         return Denoiser(copied, student.units)
 
 

@@ -93,15 +93,19 @@ class TableUnits(Units):
     """
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
-        squared = alphas_cumprod.detach().cpu().double()
+        squared = alphas_cumprod.detach().cpu().double().clamp_min(2.0**-24)  # as diffusers has it
         self.log_ratios = 0.5 * ((1 - squared) / squared).log()  # rises with the timestep
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise UnsupportedScheduler(f"prediction_type {prediction_type!r} has no table of betas")
         self.prediction_type = prediction_type
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def level(self, alpha: Tensor, sigma: Tensor) -> Level:
         """Returns the level, with a timestep between 0 and T - 1."""
-        table = self.log_ratios.to(alpha.device, alpha.dtype)
+        place_of = (alpha.device, alpha.dtype)
+        if place_of not in self._copies:  # a copy at each evaluation would wait for the device
+            self._copies[place_of] = self.log_ratios.to(*place_of)
+        table = self._copies[place_of]
         wanted = (sigma / alpha).log()
         place = wanted.clamp(table[0], table[-1])
         after = torch.searchsorted(table, place).clamp(1, len(table) - 1)
