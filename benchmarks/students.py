@@ -148,8 +148,10 @@ def tables() -> None:
         millions = f"{row['parameters'] / 1e6:.1f} M"
         cells.append([row["name"], str(row["steps"]), millions, *numbers, f"{1000 * row['seconds']:.2f}"])
     device = record["machine"]["device"]
-    text = (f"{record['n']} images a row, protocol `{record['protocol']}`, teacher with guidance "
-            f"{record['guidance']:g}; labels and noise are the same in all rows; times of {device}.\n\n")  # fmt: skip
+    text = (
+        f"{record['n']} images a row, protocol `{record['protocol']}`, teacher with guidance "
+        f"{record['guidance']:g}; labels and noise are the same in all rows; times of {device}.\n\n"
+    )
     text += markdown(Lines("students", head, [("plain", line) for line in cells], ()))
     (DOCS / "students-table.md").write_text(f"{text}\n", encoding="utf-8")
 
