@@ -6,14 +6,14 @@ References:
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, closest
+from ..pipelines.switching import adapters_of, check_adapter, peft_library, switch, tuners_of, using
 
 __all__ = [
     "ATTENTION",
@@ -30,19 +30,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers of attention in diffusers' networks."""
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Conv3d)
-
-
-def peft_library() -> Any:
-    """Returns the library.
-
-    Raises:
-        OptionError: If it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise OptionError("adapters need the package peft: pip install diffaccel[distill]") from None
-    return peft
 
 
 def add_lora(network: nn.Module, name: str, rank: int, alpha: float | None = None,
@@ -79,7 +66,7 @@ def add_lora(network: nn.Module, name: str, rank: int, alpha: float | None = Non
             cast(Any, network).add_adapter(config, name)
         else:  # DiT has no mixin for it
             peft.inject_adapter_in_model(config, network, name)
-            _switch(_tuners(network), [name], False)
+            switch(tuners_of(network), [name], False)
     trained |= set(lora_parameters(network, name))
     for key, parameter in network.named_parameters():
         parameter.requires_grad_(key in trained)
@@ -107,66 +94,15 @@ def _tail(name: str) -> list[str]:
     return parts[last:]
 
 
-def _tuners(network: nn.Module) -> list[Any]:
-    tuner = peft_library().tuners.tuners_utils.BaseTunerLayer
-    return [module for module in network.modules() if isinstance(module, tuner)]
-
-
-def adapters_of(network: nn.Module) -> list[str]:
-    """Returns the names of a network's adapters."""
-    return list(getattr(network, "peft_config", {}))
-
-
 def lora_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Returns the parameters of an adapter by their names in the network.
 
     Raises:
         OptionError: If there is no such adapter.
     """
-    _check(network, name)
+    check_adapter(network, name)
     own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
     return {key: parameter for key, parameter in network.named_parameters() if own.search(key)}
-
-
-@contextmanager
-def using(network: nn.Module, name: str | None) -> Iterator[None]:
-    """Puts one adapter in force inside the block, or none: then the network is the teacher.
-
-    What requires a gradient stays as it is, which peft's own switches change. With gradient checkpointing
-    the block has to contain the backward pass, which evaluates layers again.
-
-    Arguments:
-        network: The network.
-        name: The adapter, or None for the network alone.
-
-    Raises:
-        OptionError: If there is no such adapter.
-    """
-    if name is None and not adapters_of(network):
-        yield
-        return
-    if name is not None:
-        _check(network, name)
-    tuners = _tuners(network)
-    before = [(tuner._active_adapter, tuner._disable_adapters) for tuner in tuners]
-    try:
-        _switch(tuners, None if name is None else [name], name is None)
-        yield
-    finally:
-        for tuner, (active, disabled) in zip(tuners, before, strict=True):
-            tuner._active_adapter, tuner._disable_adapters = active, disabled
-
-
-def _switch(tuners: Sequence[Any], active: list[str] | None, disabled: bool) -> None:
-    for tuner in tuners:  # the methods for this also switch gradients on and off
-        if active is not None:
-            tuner._active_adapter = active
-        tuner._disable_adapters = disabled
-
-
-def _check(network: nn.Module, name: str) -> None:
-    if name not in adapters_of(network):
-        raise OptionError(f"no adapter {name!r}; {closest(name, adapters_of(network))}")
 
 
 @torch.no_grad()
@@ -184,7 +120,7 @@ def merged(network: nn.Module, name: str | None) -> dict[str, Tensor]:
              if ".lora_" not in key}  # fmt: skip
     if name is None:
         return state
-    _check(network, name)
+    check_adapter(network, name)
     for key, layer in network.named_modules():
         if name in getattr(layer, "lora_A", {}):
             weight, tuner = state[f"{key}.weight"], cast(Any, layer)
@@ -203,7 +139,7 @@ def saved_adapter(network: Any, name: str, dtype: torch.dtype) -> tuple[dict[str
     Raises:
         OptionError: If there is no such adapter.
     """
-    _check(network, name)
+    check_adapter(network, name)
     state = peft_library().get_peft_model_state_dict(network, adapter_name=name)
     settings = network.peft_config[name].to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}

@@ -19,15 +19,17 @@ from torch import nn
 from ..errors import ModelError, OptionError, UnsupportedPipeline, closest
 from ..eval.sampler import device_of
 from ..files import read_object, whole_folder
+from ..pipelines.routed import Routed
+from ..pipelines.run import denoisers_of
 from ..pipelines.unguided import NULL_LABEL
 from ..samplers import FixedGridScheduler
 from ..zoo.folders import load_pipeline, quiet
 from .adapters import adapters_of, merged, saved_adapter
+from .assembly import settled
 from .card import Card, call_code, card_text
-from .fixed_guidance import fix_guidance, ignores_guidance
+from .fixed_guidance import ignores_guidance
 from .grid import Grid, fixed_grid, scheduler_for
-from .students import student_like
-from .trial import Student, cast, compare, images, in_training, with_parts
+from .trial import Student, cast, compare, images, in_training, with_network, with_parts
 
 __all__ = ["GUIDANCE_KEY", "STEPS_KEY", "Grid", "export", "export_lora", "scheduler_for"]
 
@@ -77,16 +79,16 @@ def export(
     """
     about, target = Card.of(card), _target(out, overwrite)
     trained = _student(student, lora, teacher_pipe, component, grids, guidance, conditions, options or {})
-    network = fix_guidance(_plain(student, lora), trained.guidance)
+    network = settled(student, lora, trained.guidance)
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         pipe.save_pretrained(folder)
         _amend(folder, pipe)
         code = ["from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained("{target.name}")']  # fmt: skip
-        if isinstance(pipe.scheduler, FixedGridScheduler):  # diffusers loads from imported modules alone
-            code = ["import diffaccel  # pip install diffaccel: the scheduler is one of its own", *code]
-        return load_pipeline(folder, dtype), code, _facts(network, getattr(teacher_pipe, component))
+        if own := _own_parts(pipe):  # diffusers loads from imported modules alone
+            code = [f"import diffaccel  # pip install diffaccel: the {' and the '.join(own)} is its own", *code]
+        return load_pipeline(folder, dtype), code, _facts(network, teacher_pipe)
 
     return _publish(trained, network, target, about, dtype, write)
 
@@ -126,14 +128,14 @@ def export_lora(
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         save(folder, layers, settings)
         pipe.scheduler.save_pretrained(folder / "scheduler")
-        base = _plain(getattr(teacher_pipe, component), None)
+        base = settled(getattr(teacher_pipe, component), None)
         loaded = cast(with_parts(pipe, **{component: base}), dtype)
         loaded.load_lora_weights(folder)
         loaded.scheduler = type(pipe.scheduler).from_pretrained(folder, subfolder="scheduler")
         code = _adapter_code(about.teacher, target.name, type(pipe.scheduler))
         return loaded, code, {"adapter": f"rank {settings['r']}, alpha {settings['lora_alpha']:g}"}
 
-    return _publish(trained, _plain(student, name), target, about, dtype, write)
+    return _publish(trained, settled(student, name), target, about, dtype, write)
 
 
 def _saver(pipe: Any, component: str) -> Callable[[Path, Any, Any], None]:
@@ -175,8 +177,9 @@ def _student(network: nn.Module, adapter: str | None, pipe: Any, component: str,
     parts = {key: part for key, part in pipe.components.items() if isinstance(part, nn.Module)}
     if component not in parts:
         raise OptionError(f"{name} has no network {component!r}; {closest(component, parts)}")
-    if type(network) is not type(parts[component]):
-        kinds = (type(network).__name__, type(parts[component]).__name__)
+    kind = type(getattr(network, "leading", network))
+    if kind is not type(parts[component]):
+        kinds = (kind.__name__, type(parts[component]).__name__)
         raise OptionError(f"the student is a {kinds[0]}; the {component} of {name} is a {kinds[1]}")
     if adapter is None and adapters_of(network):
         raise OptionError(f"the network has the adapters {', '.join(adapters_of(network))}; name one as lora")
@@ -195,14 +198,6 @@ def _all(grids: Grid | Sequence[Grid]) -> tuple[Grid, ...]:
     return (grids,) if isinstance(grids, Grid) else tuple(grids)
 
 
-def _plain(network: nn.Module, adapter: str | None) -> nn.Module:
-    """Returns a copy of a network, with an adapter merged, and without any others."""
-    plain: nn.Module = student_like(network)
-    plain.load_state_dict(merged(network, adapter))
-    like = next(network.parameters())
-    return nn.Module.to(plain, like.device, like.dtype).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def _publish(trained: Student, network: nn.Module, target: Path, about: Card, dtype: torch.dtype,
              write: Writer) -> Path:  # fmt: skip
@@ -210,7 +205,7 @@ def _publish(trained: Student, network: nn.Module, target: Path, about: Card, dt
     teacher, name = trained.pipe.scheduler, str(dtype).removeprefix("torch.")
     with quiet([]), whole_folder(target) as folder:
         wanted, calls = in_training(trained)
-        pipe = cast(with_parts(trained.pipe, **{trained.component: network}), dtype)
+        pipe = cast(with_network(trained.pipe, trained.component, network), dtype)
         rounded = images(trained, with_parts(pipe, scheduler=fixed_grid(teacher, trained.grids)))
         pipe.scheduler = scheduler_for(teacher, trained.grids, calls)
         pipe.scheduler.register_to_config(**_notes(trained))
@@ -244,12 +239,23 @@ def _amend(folder: Path, pipe: Any) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _facts(network: nn.Module, teacher: nn.Module) -> dict[str, str]:
-    """Returns rows of the card's table."""
-    own, whole = (sum(value.numel() for value in merged(part, None).values()) for part in (network, teacher))
-    name, config = type(network).__name__, getattr(network, "config", None)
+def _own_parts(pipe: Any) -> list[str]:
+    """Returns what in a pipeline stock diffusers does not have."""
+    parts = {"scheduler": FixedGridScheduler, "network": Routed}
+    components = list(pipe.components.values())
+    return [name for name, kind in parts.items() if any(isinstance(part, kind) for part in components)]
+
+
+def _facts(network: nn.Module, teacher: Any) -> dict[str, str]:
+    """Returns rows of the card's table, for a student and its teacher's pipeline."""
+    whole = sum(value.numel() for part in denoisers_of(teacher).values() for value in merged(part, None).values())
+    own = sum(value.numel() for value in network.state_dict().values())
+    inner = getattr(network, "leading", network)
+    name, config = type(inner).__name__, getattr(network, "config", None)
     facts = {"network": f"`{name}`, {own / 1e6:.3g} M weights, {own / whole:.0%} of its teacher's"}
+    if isinstance(network, Routed):
+        facts["experts"] = network.summary()
     classes = getattr(config, "num_embeds_ada_norm", None) or NULL_LABEL
-    if isinstance(network, DiTTransformer2DModel) and classes < NULL_LABEL:
+    if isinstance(inner, DiTTransformer2DModel) and classes < NULL_LABEL:
         facts["classes"] = f"{classes}; none for no class, so that a call with guidance is an error"
     return facts

@@ -18,6 +18,7 @@ from ..files import read_object, whole
 from ..pipelines.branches import is_embedded
 from . import checkpoints
 from .adapters import add_lora
+from .assembly import averaged, check_grids
 from .checkpoints import CheckpointError
 from .config import Config, merge
 from .data import PairData
@@ -129,7 +130,8 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        OptionError: If the student is no adapter, and ``lora`` asks for one.
+        OptionError: If the student is no adapter, or several, and ``lora`` asks for one; or if rounding would
+            decide which expert makes a step.
         ModelError: If the folder exists, or the loaded pipeline makes other images than the student.
     """
     config, facts = run.config, run.store.settings
@@ -148,13 +150,22 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         "guidance": guidance_of(run.pipe), "card": card, "dtype": dtype, "overwrite": overwrite,
         "conditions": [str(condition) for condition in run.store.conditions[:2] if condition is not None],
     }  # fmt: skip
-    component, adapter = run.host.component, STUDENT if config.lora_rank else None
-    if lora and adapter is None:
+    experts, component = run.method.experts(), run.host.component
+    check_grids(experts, run.host.units, grids)
+    if lora and len(experts) > 1:
+        raise OptionError(
+            f"load_lora_weights cannot switch between {len(experts)} experts; export without it: the folder "
+            "has their network once, and their adapters"
+        )
+    if lora and not config.lora_rank:
         raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
-    with run.trainer.roles["student"].averaged() as network:
-        if lora:
-            return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
-        return export(network, run.pipe, component, grids, out, lora=adapter, **options)
+    with averaged(run.trainer, run.host.units) as student:
+        if len(experts) == 1 and config.lora_rank:
+            network = run.trainer.roles["student"].network
+            if lora:
+                return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
+            return export(network, run.pipe, component, grids, out, lora=STUDENT, **options)
+        return export(student, run.pipe, component, grids, out, **options)
 
 
 def guidance_of(pipe: Any) -> float:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from .. import noise
 from ..errors import ModelError
 from ..eval.sampler import Sampler
+from ..pipelines import NoiseExperts
 from ..pipelines.capturing import sibling
 from ..samplers import FixedGridScheduler
 from .adapters import using
 from .grid import Calls, Grid, fixed_grid
 
-__all__ = ["Made", "Student", "cast", "compare", "images", "in_training", "with_parts"]
+__all__ = ["Made", "Student", "cast", "compare", "images", "in_training", "with_network", "with_parts"]
 
 _LEVEL = 1 / 255
 _COARSE = 0.05
@@ -95,7 +96,7 @@ class _Recording(FixedGridScheduler):
 def in_training(student: Student) -> tuple[Made, Calls]:
     """Returns what a student makes now, in its own type, and how its pipeline calls a scheduler."""
     dtype = next(student.network.parameters()).dtype
-    pipe = cast(with_parts(student.pipe, **{student.component: student.network}), dtype, student.component)
+    pipe = cast(with_network(student.pipe, student.component, student.network), dtype, student.component)
     pipe.scheduler = scheduler = fixed_grid(student.pipe.scheduler, student.grids, _Recording)
     adapted = using(student.network, student.adapter) if student.adapter else nullcontext()
     with _evaluating(student.network), adapted:
@@ -121,6 +122,23 @@ def with_parts(pipe: Any, **parts: Any) -> Any:
     for name, part in parts.items():
         setattr(other, name, part)
     other.set_progress_bar_config(disable=True)
+    return other
+
+
+def with_network(pipe: Any, component: str, network: nn.Module) -> Any:
+    """Returns another pipeline object with a network in the place of its own.
+
+    Two experts by noise level take the two places of a pipeline that has these, as that of Wan 2.2.
+    """
+    if "boundary_ratio" not in pipe.config:
+        return with_parts(pipe, **{component: network})
+    ratio, parts = None, {"transformer": network, "transformer_2": None}
+    pair = network.pair if isinstance(network, NoiseExperts) else None
+    if pair is not None:
+        parts, boundary = {"transformer": pair[0], "transformer_2": pair[1]}, pair[2]
+        ratio = boundary / pipe.scheduler.config.num_train_timesteps
+    other = with_parts(pipe, **parts)
+    other.register_to_config(boundary_ratio=ratio)
     return other
 
 

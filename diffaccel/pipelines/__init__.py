@@ -11,6 +11,7 @@ from .feynman_kac_pipeline import FeynmanKacOutput, FeynmanKacPipeline
 from .mar import MARPipeline
 from .mar_scheduler import MARScheduler
 from .mar_transformer import MARTransformer2DModel
+from .noise_experts import NoiseExperts
 from .report import Action, Report
 from .reuse import Reuse
 from .rewards import image_reward
@@ -31,6 +32,7 @@ __all__ = [
     "MARScheduler",
     "MARTransformer2DModel",
     "ModelMixin",
+    "NoiseExperts",
     "Report",
     "Reuse",
     "Run",
@@ -47,5 +49,5 @@ __all__ = [
 ]
 
 # the file format of diffusers names the module of a component, and loads it and its base through that module
-for _component in (MARTransformer2DModel, MARScheduler):
+for _component in (MARTransformer2DModel, MARScheduler, NoiseExperts):
     _component.__module__ = __name__
