@@ -1,5 +1,6 @@
 """A student of several experts as one network, which a pipeline, a trial and an export take as any other."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..pipelines import NoiseExperts
 from ..pipelines.routed import Member, Routed
+from ..pipelines.switching import insert_adapter
 from .adapters import merged
 from .fixed_guidance import fix_guidance
 from .grid import Grid
@@ -48,9 +50,11 @@ def joined(experts: Sequence[Expert], units: Units) -> nn.Module:
     bounds = [expert.boundary for expert in experts]
     if any(expert.conditions is not None for expert in experts):
         raise OptionError("experts by condition are joined by their method")
-    falling = all(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+    falling = all(a > b for a, b in itertools.pairwise(bounds))
     if not bounds or not falling or bounds[-1] != 0 or bounds[0] >= 1:
-        raise OptionError(f"experts with the boundaries {bounds}; expected falling ones in [0, 1), the last 0")
+        raise OptionError(
+            f"experts with the boundaries {bounds}; expected falling ones in [0, 1), the last 0"
+        )
     if len(members) == 1 and members[0][1] is None:
         return members[0][0]
     rising = timestep_of(units, 0.9) > timestep_of(units, 0.1)
@@ -92,8 +96,8 @@ def check_grids(experts: Sequence[Expert], units: Units, grids: Sequence[Grid]) 
         if place not in used:
             times = [[round(time, 6) for time in grid.times] for grid in grids]
             raise OptionError(
-                f"expert {place + 1} of {len(experts)}, from the time {expert.boundary:g} on, makes no step of "
-                f"the grids {times}; is that the grid that was trained?"
+                f"expert {place + 1} of {len(experts)}, from the time {expert.boundary:g} on, makes no step "
+                f"of the grids {times}; is that the grid that was trained?"
             )
 
 
@@ -110,7 +114,7 @@ def averaged(trainer: "Trainer", units: Units) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def settled(network: nn.Module, adapter: str | None, guidance: float | None = None) -> nn.Module:
-    """Returns a frozen copy of a student as it leaves: only what it needs, and no guidance to give, if possible.
+    """Returns a frozen copy of a student as it leaves: with what it needs, and no guidance to give if possible.
 
     An adapter is merged; those of experts stay adapters, of one base.
 
@@ -151,11 +155,8 @@ def _plain(network: nn.Module, state: dict[str, Tensor], guidance: float | None)
 def _inject(network: nn.Module, name: str, settings: dict[str, Any], start: str,
             whole: dict[str, Tensor]) -> None:  # fmt: skip
     """Gives a network the adapter that another one has."""
-    from ..pipelines.switching import peft_library
-
-    peft = peft_library()
     like = next(network.parameters())
-    peft.inject_adapter_in_model(peft.LoraConfig(**settings), network, name)
+    insert_adapter(network, name, settings)
     nn.Module.to(network, like.device, like.dtype).eval().requires_grad_(False)
     for key, value in network.named_parameters():
         if f".{name}." in key and ".lora_" in key:

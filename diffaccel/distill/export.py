@@ -87,7 +87,10 @@ def export(
         code = ["from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained("{target.name}")']  # fmt: skip
         if own := _own_parts(pipe):  # diffusers loads from imported modules alone
-            code = [f"import diffaccel  # pip install diffaccel: the {' and the '.join(own)} is its own", *code]
+            code = [
+                f"import diffaccel  # pip install diffaccel: the {' and the '.join(own)} is its own",
+                *code,
+            ]
         return load_pipeline(folder, dtype), code, _facts(network, teacher_pipe)
 
     return _publish(trained, network, target, about, dtype, write)
@@ -248,7 +251,9 @@ def _own_parts(pipe: Any) -> list[str]:
 
 def _facts(network: nn.Module, teacher: Any) -> dict[str, str]:
     """Returns rows of the card's table, for a student and its teacher's pipeline."""
-    whole = sum(value.numel() for part in denoisers_of(teacher).values() for value in merged(part, None).values())
+    whole = sum(
+        value.numel() for part in denoisers_of(teacher).values() for value in merged(part, None).values()
+    )
     own = sum(value.numel() for value in network.state_dict().values())
     inner = getattr(network, "leading", network)
     name, config = type(inner).__name__, getattr(network, "config", None)

@@ -106,7 +106,7 @@ class Host:
 
     @property
     def network(self) -> nn.Module:
-        """The pipeline's own network: the teacher's; several by noise level are one that chooses by the time."""
+        """The pipeline's own network: the teacher's; two by noise level are one that chooses by the time."""
         network = getattr(self.pipe, self.component) if self._split is None else self._split
         assert isinstance(network, nn.Module)
         return network

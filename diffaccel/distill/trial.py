@@ -137,7 +137,8 @@ def with_network(pipe: Any, component: str, network: nn.Module) -> Any:
     if pair is not None:
         parts, boundary = {"transformer": pair[0], "transformer_2": pair[1]}, pair[2]
         ratio = boundary / pipe.scheduler.config.num_train_timesteps
-    other = with_parts(pipe, **parts)
+    other = with_parts(pipe)
+    other.register_modules(**parts)  # the index of a pipeline does not follow when a part comes about
     other.register_to_config(boundary_ratio=ratio)
     return other
 

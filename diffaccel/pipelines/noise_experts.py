@@ -5,6 +5,7 @@ References:
     | eDiff-I: Text-to-Image Diffusion Models with an Ensemble of Expert Denoisers (2022), arXiv 2211.01324
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class NoiseExperts(Routed):
         super().__init__()
         self.signs = 1 if rising else -1
         self.limits = [self.signs * float(boundary) for boundary in boundaries]
-        if any(a <= b for a, b in zip(self.limits, self.limits[1:], strict=False)):
+        if any(a <= b for a, b in itertools.pairwise(self.limits)):
             raise OptionError(f"boundaries {list(boundaries)}; expected ever less noise, and no two alike")
         self._build(networks, adapters, members)
         if members:
@@ -50,7 +51,9 @@ class NoiseExperts(Routed):
 
     def _check(self) -> None:
         if len(self.members) != len(self.limits) + 1:
-            raise OptionError(f"{len(self.members)} experts and {len(self.limits)} boundaries; expected one less")
+            raise OptionError(
+                f"{len(self.members)} experts and {len(self.limits)} boundaries; expected one less"
+            )
 
     @property
     def pair(self) -> tuple[Any, Any, float] | None:

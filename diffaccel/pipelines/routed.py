@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from .rows import take_rows
-from .switching import check_adapter, peft_library, using
+from .switching import check_adapter, insert_adapter, using
 
 __all__ = ["Member", "Routed", "described"]
 
@@ -46,9 +46,7 @@ class Routed(ModelMixin, ConfigMixin):
         self.networks = nn.ModuleList(_made(entry) for entry in networks)
         self.members = tuple((int(place), adapter) for place, adapter in members)
         for entry in adapters:
-            peft = peft_library()
-            config, name = peft.LoraConfig(**entry["settings"]), entry["name"]
-            peft.inject_adapter_in_model(config, self.networks[entry["network"]], name)
+            insert_adapter(self.networks[entry["network"]], entry["name"], entry["settings"])
 
     @classmethod
     def of(cls, members: Sequence[Member], **settings: Any) -> Self:
@@ -83,6 +81,10 @@ class Routed(ModelMixin, ConfigMixin):
 
     def _check(self) -> None:
         """Raises an error of ours if the members do not go with the other settings."""
+
+    @property
+    def _parts(self) -> list[Any]:
+        return list(self.networks)
 
     @property
     def leading(self) -> Any:
@@ -137,23 +139,23 @@ class Routed(ModelMixin, ConfigMixin):
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """Names the branch of guidance for the caches of all networks, as pipelines do it."""
         with ExitStack() as stack:
-            for network in self.networks:
+            for network in self._parts:
                 if hasattr(network, "cache_context"):
                     stack.enter_context(network.cache_context(name, **kwargs))
             yield
 
     def enable_cache(self, config: Any) -> None:
         """Gives each network a cache of diffusers."""
-        for network in self.networks:
+        for network in self._parts:
             network.enable_cache(config)
 
     def disable_cache(self) -> None:
         """Takes the caches away."""
-        for network in self.networks:
+        for network in self._parts:
             network.disable_cache()
 
     def _reset_stateful_cache(self) -> None:
-        for network in self.networks:
+        for network in self._parts:
             if hasattr(network, "_reset_stateful_cache"):
                 network._reset_stateful_cache()
 
@@ -180,7 +182,8 @@ def _made(entry: Mapping[str, Any]) -> nn.Module:
     kind = getattr(importlib.import_module(library), name, None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ModelError(f"{library!r} has no model {name!r}")
-    made: nn.Module = kind.from_config(dict(entry["config"]))
+    model: Any = kind
+    made: nn.Module = model.from_config(dict(entry["config"]))
     return made
 
 

@@ -1,6 +1,7 @@
 """Which of a network's low-rank adapters is in force; extra ``distill``."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from ..errors import OptionError, closest
 
-__all__ = ["adapters_of", "check_adapter", "peft_library", "switch", "tuners_of", "using"]
+__all__ = ["adapters_of", "check_adapter", "insert_adapter", "peft_library", "switch", "tuners_of", "using"]
 
 
 def peft_library() -> Any:
@@ -22,6 +23,23 @@ def peft_library() -> Any:
     except ImportError:
         raise OptionError("adapters need the package peft: pip install diffaccel[distill]") from None
     return peft
+
+
+def insert_adapter(network: nn.Module, name: str, settings: Mapping[str, Any]) -> None:
+    """Gives a network an adapter with random weights.
+
+    Arguments:
+        network: The network, which may have other adapters.
+        name: The name of the adapter.
+        settings: The arguments of peft's ``LoraConfig``.
+
+    Raises:
+        OptionError: If peft is not installed.
+    """
+    peft = peft_library()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of a second adapter
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), network, name)
 
 
 def tuners_of(network: nn.Module) -> list[Any]:
