@@ -15,12 +15,17 @@ from torch import nn
 from diffaccel.distill import Denoiser, Grid, Host, export
 from diffaccel.distill.adapters import add_lora, lora_parameters, using
 from diffaccel.distill.assembly import check_grids, joined, timestep_of
+from diffaccel.distill.config import merge
 from diffaccel.distill.grid import fixed_grid
-from diffaccel.distill.method import Expert
+from diffaccel.distill.method import Expert, Method
+from diffaccel.distill.pairs import make_pairs
+from diffaccel.distill.runs import export_run, start
 from diffaccel.distill.students import student_like
 from diffaccel.distill.trial import with_network
 from diffaccel.distill.units import EDMUnits, FlowUnits
+from diffaccel.distill.validation import Validation
 from diffaccel.errors import ModelError, OptionError, UnsupportedPipeline
+from diffaccel.options import option
 from diffaccel.pipelines import NoiseExperts, accelerate
 from diffaccel.samplers import FixedGridScheduler
 
@@ -299,6 +304,65 @@ def test_several_networks_that_are_not_by_noise():
     pipe.register_to_config(boundary_ratio=None)
     with pytest.raises(UnsupportedPipeline, match="several networks: transformer, transformer_2"):
         Host(pipe, call_of("wan22"))
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass
+class Phases(Method):
+    """A flow in two phases: the student of the first is frozen and makes the first steps."""
+
+    name = "test-phases"
+    bound: float = option(0.5)
+
+    @property
+    def boundaries(self):
+        return (8,)
+
+    def enter(self, phase):
+        if phase == 1:
+            self.frozen["first"] = self.snapshot()
+
+    def loss(self, turn, batch):
+        velocity = self.velocity(self.networks[turn], batch.inputs)
+        t = batch.draws.uniform().clamp(1e-3, 1)
+        wide = t.view(-1, 1, 1, 1)
+        error = velocity((1 - wide) * batch.x0 + wide * batch.noise, t) - (batch.noise - batch.x0)
+        return {"flow": error.square().mean()}
+
+    def experts(self):
+        student = self.networks["student"]
+        first = self.frozen.get("first")
+        return (Expert(student),) if first is None else (Expert(first, self.bound), Expert(student))
+
+
+def test_runs_of_two_experts(tmp_path):
+    """Validations and the export take the frozen expert as it is, and the average of the student."""
+    TINY["dit"].build().save_pretrained(tmp_path / "teacher")
+    make_pairs(tmp_path / "pairs", fresh("dit"), [0, 1, 2], count=12, steps=2, guidance=2.0)
+    settings = {"method": "test-phases", "teacher": str(tmp_path / "teacher"), "steps": [2], "images": 16,
+                "pairs": str(tmp_path / "pairs"), "run": str(tmp_path / "run"), "batch": 4, "ema_images": 8,
+                "eval_count": 2, "lr": 1e-2}  # fmt: skip
+    made = start(merge(settings))
+    times = made.method.grid(2).times
+    made.method.bound = sum(times) / 2
+    made.trainer.fit()
+    role, first = made.trainer.roles["student"], made.method.frozen["first"]
+    record = Validation(made)()
+    assert {"mean/2", "diversity/2"} <= set(record["validation"])
+    pipe = reloaded(export_run(made, tmp_path / "it", torch.float32))
+    found = pipe.transformer.networks
+    average = dict(zip(role.keys, role.average.shadow_params, strict=True))
+    for key, value in found[0].state_dict().items():
+        assert torch.equal(value, first.network.state_dict()[key])
+        assert key not in average or torch.equal(found[1].state_dict()[key], average[key])
+    with pytest.raises(OptionError, match="weights of its own"):
+        export_run(made, tmp_path / "lora", lora=True)
+    made.method.bound = times[1]
+    with pytest.raises(OptionError, match="rounding decides"):
+        export_run(made, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 # ---------------------------------------------------------------- the rest of diffaccel and of torch

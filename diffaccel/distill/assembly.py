@@ -114,7 +114,7 @@ def averaged(trainer: "Trainer", units: Units) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def settled(network: nn.Module, adapter: str | None, guidance: float | None = None) -> nn.Module:
-    """Returns a frozen copy of a student as it leaves: with what it needs, and no guidance to give if possible.
+    """Returns a frozen copy of a student as it leaves: what it needs, and no guidance to give if possible.
 
     An adapter is merged; those of experts stay adapters, of one base.
 

@@ -152,13 +152,13 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
     }  # fmt: skip
     experts, component = run.method.experts(), run.host.component
     check_grids(experts, run.host.units, grids)
+    if lora and not config.lora_rank:
+        raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
     if lora and len(experts) > 1:
         raise OptionError(
             f"load_lora_weights cannot switch between {len(experts)} experts; export without it: the folder "
             "has their network once, and their adapters"
         )
-    if lora and not config.lora_rank:
-        raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
     with averaged(run.trainer, run.host.units) as student:
         if len(experts) == 1 and config.lora_rank:
             network = run.trainer.roles["student"].network
