@@ -2,6 +2,7 @@
 
 from .config import Config
 from .denoiser import Denoiser, Prediction
+from .dmd2 import DMD2
 from .export import export, export_lora
 from .grid import Grid
 from .host import Host
@@ -13,6 +14,6 @@ from .slimflow import SlimFlow
 from .trainer import Trainer
 
 __all__ = [
-    "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction", "RectifiedFlow", "Run",
-    "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
+    "DMD2", "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction",
+    "RectifiedFlow", "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ class Batch:
         noise: The noise that each is coupled with (B, *).
         inputs: What the networks are given besides sample and time.
         draws: The random numbers of these samples.
-        images: How many samples the turn's network had been trained on before.
+        images: How many samples the turn's network had been trained on before this update.
     """
 
     x0: Tensor

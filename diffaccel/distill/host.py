@@ -87,7 +87,7 @@ class Host:
             raise UnsupportedPipeline(f"this {type(pipe).__name__} makes one step only")
         self._numbers: dict[Any, int] = {}
         self._known: Inputs | None = None
-        call = unguided(self.pipe, [self._any_condition()] * 2, self.options)
+        call = unguided(self.pipe, [self.any_condition] * 2, self.options)
         early, late = first_evaluation(self.pipe, call), first_evaluation(self.pipe, call, step=1)
         self.component = early.call.network
         if early.call.rows != 2:
@@ -163,7 +163,9 @@ class Host:
         for place, condition in enumerate(fresh):
             self._numbers[condition] = before + place
 
-    def _any_condition(self) -> Any:
+    @property
+    def any_condition(self) -> Any:
+        """A condition that the pipeline takes."""
         return {"prompt": "", "class_labels": 0, "batch_size": None}[self.kind]
 
 

@@ -32,6 +32,8 @@ class Setup:
         student: The student, which is trained.
         guidance: The guidance scale that the data have, or None.
         images: The samples that the student will be trained on.
+        steps: The numbers of steps that the student is for.
+        seed: The seed of the run.
     """
 
     host: Host
@@ -39,6 +41,8 @@ class Setup:
     student: Denoiser
     guidance: float | None
     images: int
+    steps: tuple[int, ...] = (1, 2, 4)
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Method(ABC):
     name: ClassVar[str] = ""
     needs: ClassVar[str] = "pairs"
     """The data: "pairs" of noise and sample."""
+    helpers: ClassVar[frozenset[str]] = frozenset()
+    """The networks that are no part of the student: no average of theirs is kept."""
+    bound: ClassVar[bool] = False
+    """Whether the numbers of steps decide the course of a run, so that they cannot change later."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the subclass by its name."""
@@ -104,6 +112,10 @@ class Method(ABC):
     @abstractmethod
     def loss(self, turn: str, batch: Batch) -> dict[str, Tensor]:
         """Returns the terms, each of shape (), whose sum ``networks[turn]`` shall make small."""
+
+    def rate(self, turn: str) -> float:
+        """Returns the factor of the learning rate of a network."""
+        return 1.0
 
     def grid(self, steps: int) -> Grid:
         """Returns the times at which a student with so many steps is evaluated."""

@@ -24,9 +24,11 @@ class Role:
         denoiser: The network, which is prepared for the processes in place.
         config: The settings.
         accelerator: What prepares it.
+        averages: Whether an average is kept, if the settings ask for one.
     """
 
-    def __init__(self, name: str, denoiser: Denoiser, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, name: str, denoiser: Denoiser, config: Config, accelerator: Accelerator,
+                 averages: bool = True) -> None:  # fmt: skip
         self.name, self.denoiser, self._accelerator = name, denoiser, accelerator
         self.images = self.updates = 0
         network = denoiser.network
@@ -35,12 +37,14 @@ class Role:
         trained = dict(network.named_parameters()) if adapter is None else lora_parameters(network, adapter)
         self.keys = list(trained)
         """The names of the trained weights within the network."""
+        for key, parameter in network.named_parameters():  # a base may have others, of another role
+            parameter.requires_grad_(key in trained)
         optimizer = optimizer_of(
             config.optimizer, list(trained.values()), config.lr, config.optimizer_options
         )
         denoiser.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.average: EMAModel | None = None
-        if config.ema_images:
+        if config.ema_images and averages:
             decay = 0.5 ** (config.batch / config.ema_images)
             self.average = EMAModel(self.parameters, decay=decay, min_decay=decay)
 

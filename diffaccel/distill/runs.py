@@ -214,7 +214,8 @@ def _build(config: Config, folder: Path) -> Run:
         raise OptionError(f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}")
     folder.mkdir(parents=True, exist_ok=True)
     method = _begun(config, host, store, accelerator.device)
-    facts = {**{key: asdict(config)[key] for key in _COURSE}, "teacher": digest, "pairs": store.digest}
+    course = (*_COURSE, "steps") if method.bound else _COURSE
+    facts = {**{key: asdict(config)[key] for key in course}, "teacher": digest, "pairs": store.digest}
     data = PairData(store, host, config.seed, accelerator.device)
     trainer = Trainer(config, method, data, accelerator, folder, json.loads(json.dumps(facts)))
     if config.tracker:
@@ -226,15 +227,21 @@ def _begun(config: Config, host: Host, store: PairStore, device: torch.device) -
     """Returns the method with its networks."""
     method, teacher = config.make_method(), host.network.requires_grad_(False)
     student, adapter = _student(config, host), STUDENT if config.lora_rank else None
-    if config.gradient_checkpointing:
-        if not hasattr(student, "enable_gradient_checkpointing"):
-            raise OptionError(f"{type(student).__name__} has no gradient checkpointing")
-        student.enable_gradient_checkpointing()
     method.begin(Setup(
         host, Denoiser(teacher, host.units, "" if config.lora_rank else None),
         Denoiser(student.to(device), host.units, adapter), store.guidance, config.images,
+        tuple(config.steps), config.seed,
     ))  # fmt: skip
+    if config.gradient_checkpointing:
+        for denoiser in method.networks.values():
+            _checkpoint(denoiser.network)
     return method
+
+
+def _checkpoint(network: Any) -> None:
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise OptionError(f"{type(network).__name__} has no gradient checkpointing")
+    network.enable_gradient_checkpointing()
 
 
 def _student(config: Config, host: Host) -> Any:

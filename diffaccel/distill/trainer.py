@@ -51,7 +51,8 @@ class Trainer:
         self.partial = any(denoiser.adapter is not None for denoiser in method.networks.values())
         """Whether checkpoints hold only some of a network's weights."""
         self.roles = {
-            name: Role(name, denoiser, config, accelerator) for name, denoiser in method.networks.items()
+            name: Role(name, denoiser, config, accelerator, averages=name not in method.helpers)
+            for name, denoiser in method.networks.items()
         }
         if self.partial:
             accelerator.register_save_state_pre_hook(self._only_trained)
@@ -82,7 +83,7 @@ class Trainer:
                 other.trains(other is role)
             for batch, weight, last in self._parts(role):
                 self._backward(role, batch, weight, last)
-            norm = role.step(lr, self.config.clip, self.config.batch)
+            norm = role.step(lr * self.method.rate(turn), self.config.clip, self.config.batch)
             self._note(turn, norm)
         self.step += 1
 
@@ -98,7 +99,7 @@ class Trainer:
         size = self.config.micro_batch or share
         for start in range(0, share, size):
             stop = min(start + size, share)
-            batch = self.data.batch(range(first + start, first + stop), role.name, self.images)
+            batch = self.data.batch(range(first + start, first + stop), role.name, role.images)
             yield batch, (stop - start) / share, stop == share
 
     def _backward(self, role: Role, batch: Batch, weight: float, last: bool) -> None:
@@ -171,9 +172,10 @@ class Trainer:
 
     def _log_losses(self) -> None:
         now, images = time.monotonic(), self.images - self._logged
-        updates = max(1, images // self.config.batch)
-        sums = torch.stack([torch.stack(parts).sum().float() for parts in self._losses.values()])
-        found = self.accelerator.reduce(sums, "mean") / updates
+        updates = [len(self._losses[f"{name.partition('/')[0]}/gradient"]) for name in self._losses]
+        parts = zip(self._losses.values(), updates, strict=True)
+        sums = torch.stack([torch.stack(part).sum().float() / count for part, count in parts])
+        found = self.accelerator.reduce(sums, "mean")
         means = dict(zip(self._losses, found.tolist(), strict=True))
         self._losses.clear()
         self.seconds += now - self._since
