@@ -7,6 +7,7 @@ from .export import export, export_lora
 from .grid import Grid
 from .host import Host
 from .method import Expert, Method, Setup, methods
+from .msd import MSD
 from .pairs import PairStore, make_pairs
 from .rectified_flow import RectifiedFlow
 from .runs import Run, resume, start
@@ -14,6 +15,7 @@ from .slimflow import SlimFlow
 from .trainer import Trainer
 
 __all__ = [
-    "DMD2", "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction",
-    "RectifiedFlow", "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
+    "DMD2", "MSD", "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction",
+    "RectifiedFlow", "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods",
+    "resume", "start",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """A student of several experts as one network, which a pipeline, a trial and an export take as any other."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..pipelines import NoiseExperts
+from ..pipelines import ConditionExperts, NoiseExperts
 from ..pipelines.routed import Member, Routed
 from ..pipelines.switching import insert_adapter
 from .adapters import merged
@@ -34,7 +34,7 @@ def timestep_of(units: Units, time: float) -> float:
     return float(units.level(1 - t, t).timestep)
 
 
-def joined(experts: Sequence[Expert], units: Units) -> nn.Module:
+def joined(experts: Sequence[Expert], units: Units, router: Mapping[str, Any] | None = None) -> nn.Module:
     """Returns the network that experts are together; it shares their weights.
 
     It is the network itself where there is one, without an adapter.
@@ -42,14 +42,17 @@ def joined(experts: Sequence[Expert], units: Units) -> nn.Module:
     Arguments:
         experts: The experts, those for the highest times first.
         units: In which units the networks count noise.
+        router: The settings of the `ConditionExperts` that they are, if conditions decide.
 
     Raises:
-        OptionError: If the boundaries do not fall to 0.
+        OptionError: If the boundaries do not fall to 0, or noise and conditions decide.
     """
     members = [_member(expert) for expert in experts]
+    if router is not None:
+        if any(expert.boundary for expert in experts):
+            raise OptionError("experts are chosen by noise or by condition, not by both")
+        return ConditionExperts.of(members, **router)
     bounds = [expert.boundary for expert in experts]
-    if any(expert.conditions is not None for expert in experts):
-        raise OptionError("experts by condition are joined by their method")
     falling = all(a > b for a, b in itertools.pairwise(bounds))
     if not bounds or not falling or bounds[-1] != 0 or bounds[0] >= 1:
         raise OptionError(
@@ -109,7 +112,7 @@ def averaged(trainer: "Trainer", units: Units) -> Iterator[nn.Module]:
         for role in trainer.roles.values():
             if any(expert.denoiser is role.denoiser for expert in experts):
                 stack.enter_context(role.averaged())
-        yield joined(experts, units)
+        yield joined(experts, units, trainer.method.router)
 
 
 @torch.no_grad()

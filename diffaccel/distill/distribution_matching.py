@@ -189,6 +189,7 @@ class DistributionMatching(Method):
         network: Any = setup.teacher.network
         if setup.student.adapter is not None:
             rank = network.peft_config[setup.student.adapter].r
-            add_lora(network, FAKE, rank, seed=1)
-            return Denoiser(network, setup.student.units, FAKE)
+            name = setup.student.adapter.replace("student", FAKE)  # there may be several students
+            add_lora(network, name, rank, seed=1)
+            return Denoiser(network, setup.student.units, name)
         return Denoiser(copy.deepcopy(network).requires_grad_(True), setup.student.units)

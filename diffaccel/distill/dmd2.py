@@ -104,8 +104,9 @@ class DMD2(DistributionMatching):
         if features is not None:
             terms["adversarial"] = self.adversarial * functional.softplus(-self._head(features)).mean()
         if self.regression:
-            x, now = self.first(batch.noise), times_like(self.trained.times[0], batch.noise)
-            distance = (self.setup.student(x, now, batch.inputs).x0 - batch.x0).square().mean()
+            pairs = batch.unfiltered
+            x, now = self.first(pairs.noise), times_like(self.trained.times[0], pairs.noise)
+            distance = (self.setup.student(x, now, pairs.inputs).x0 - pairs.x0).square().mean()
             terms["regression"] = self.regression * distance
         return terms
 

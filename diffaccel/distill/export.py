@@ -193,7 +193,8 @@ def _student(network: nn.Module, adapter: str | None, pipe: Any, component: str,
         conditions = sorted(getattr(pipe, "labels", None) or {})[:2] or ["0", "1"]
     elif not conditions and "prompt" in call:
         conditions = ["a photo of a cat", "a house by the sea"]
-    scale, chosen = guidance if takes else None, tuple(conditions[:2])
+    experts = len(network.members) if isinstance(network, Routed) else 1
+    scale, chosen = guidance if takes else None, tuple(conditions[: max(2, experts)])
     return Student(network, adapter, pipe, component, _all(grids), scale, chosen, options)
 
 

@@ -15,6 +15,7 @@ from .denoiser import Denoiser, guided_velocity
 from .grid import Grid
 from .host import Host, Inputs
 from .inversion import Velocity
+from .shards import Condition
 from .students import student_like
 
 __all__ = ["Expert", "Method", "Setup", "methods"]
@@ -34,6 +35,7 @@ class Setup:
         images: The samples that the student will be trained on.
         steps: The numbers of steps that the student is for.
         seed: The seed of the run.
+        conditions: The conditions of the data.
     """
 
     host: Host
@@ -43,6 +45,7 @@ class Setup:
     images: int
     steps: tuple[int, ...] = (1, 2, 4)
     seed: int = 0
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Expert:
 
     denoiser: Denoiser
     boundary: float = 0.0
-    conditions: tuple[str | int, ...] | None = None
+    conditions: tuple[Condition, ...] | None = None
 
 
 @dataclass
@@ -117,6 +120,10 @@ class Method(ABC):
         """Returns the factor of the learning rate of a network."""
         return 1.0
 
+    def conditions(self, turn: str) -> tuple[Condition, ...] | None:
+        """Returns the conditions of the samples that a network is trained on, or None for all."""
+        return None
+
     def grid(self, steps: int) -> Grid:
         """Returns the times at which a student with so many steps is evaluated."""
         return Grid.stock(self.setup.host.pipe.scheduler, steps)
@@ -124,6 +131,11 @@ class Method(ABC):
     def experts(self) -> tuple[Expert, ...]:
         """Returns the networks that the student consists of, those for the highest times first."""
         return (Expert(self.networks["student"]),)
+
+    @property
+    def router(self) -> Mapping[str, Any] | None:
+        """What knows the expert of a condition, see `Partition`; None if noise decides."""
+        return None
 
     @property
     def boundaries(self) -> tuple[int, ...]:

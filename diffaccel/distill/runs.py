@@ -148,7 +148,7 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
     }  # fmt: skip
     options: dict[str, Any] = {
         "guidance": guidance_of(run.pipe), "card": card, "dtype": dtype, "overwrite": overwrite,
-        "conditions": [str(condition) for condition in run.store.conditions[:2] if condition is not None],
+        "conditions": _tried(run),
     }  # fmt: skip
     experts, component = run.method.experts(), run.host.component
     check_grids(experts, run.host.units, grids)
@@ -166,6 +166,13 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
                 return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
             return export(network, run.pipe, component, grids, out, lora=STUDENT, **options)
         return export(student, run.pipe, component, grids, out, **options)
+
+
+def _tried(run: Run) -> list[str]:
+    """Returns conditions to try a student on, one of each expert at least."""
+    parts = [expert.conditions or () for expert in run.method.experts()]
+    tried = [own[0] for own in parts if own] if len(parts) > 1 else []
+    return [str(condition) for condition in tried or run.store.conditions[:2] if condition is not None]
 
 
 def guidance_of(pipe: Any) -> float:
@@ -216,7 +223,7 @@ def _build(config: Config, folder: Path) -> Run:
     method = _begun(config, host, store, accelerator.device)
     course = (*_COURSE, "steps") if method.bound else _COURSE
     facts = {**{key: asdict(config)[key] for key in course}, "teacher": digest, "pairs": store.digest}
-    data = PairData(store, host, config.seed, accelerator.device)
+    data = PairData(store, host, config.seed, accelerator.device, method.conditions)
     trainer = Trainer(config, method, data, accelerator, folder, json.loads(json.dumps(facts)))
     if config.tracker:
         accelerator.init_trackers("diffaccel")
@@ -230,7 +237,7 @@ def _begun(config: Config, host: Host, store: PairStore, device: torch.device) -
     method.begin(Setup(
         host, Denoiser(teacher, host.units, "" if config.lora_rank else None),
         Denoiser(student.to(device), host.units, adapter), store.guidance, config.images,
-        tuple(config.steps), config.seed,
+        tuple(config.steps), config.seed, tuple(store.conditions),
     ))  # fmt: skip
     if config.gradient_checkpointing:
         for denoiser in method.networks.values():

@@ -91,6 +91,8 @@ class Trainer:
         for role in self.roles.values():
             role.forget()
         self.method.enter(phase)
+        for role in self.roles.values():
+            role.begin_average()
 
     def _parts(self, role: Role) -> Iterator[tuple[Batch, float, bool]]:
         """Yields this process' samples in parts, each with its share of them, and whether it is the last."""

@@ -66,7 +66,8 @@ def images(student: Student, pipe: Any) -> Made:
     """Returns what a pipeline makes of a student's conditions, always of the same noise."""
     made: Made = {}
     for steps in map(len, student.grids):
-        sampler = _Sampler(pipe, student.conditions, steps, student.guidance, seed=0, count=2)
+        sampler = _Sampler(pipe, student.conditions, steps, student.guidance, seed=0,
+                           count=max(2, len(student.conditions)))  # fmt: skip
         sampler.options = student.options
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some pipelines do not give their generator to the scheduler

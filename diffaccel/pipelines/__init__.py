@@ -6,6 +6,7 @@ from .accelerator import Accelerator, option, registry, resolve
 from .apg import APG
 from .attach import Accel, accelerate, install
 from .autoregressive import ARStep
+from .condition_experts import ConditionExperts
 from .disa import StepAnnealing
 from .feynman_kac_pipeline import FeynmanKacOutput, FeynmanKacPipeline
 from .mar import MARPipeline
@@ -25,6 +26,7 @@ __all__ = [
     "Accelerator",
     "Action",
     "BlockCall",
+    "ConditionExperts",
     "Evaluation",
     "FeynmanKacOutput",
     "FeynmanKacPipeline",
@@ -49,5 +51,5 @@ __all__ = [
 ]
 
 # the file format of diffusers names the module of a component, and loads it and its base through that module
-for _component in (MARTransformer2DModel, MARScheduler, NoiseExperts):
+for _component in (MARTransformer2DModel, MARScheduler, NoiseExperts, ConditionExperts):
     _component.__module__ = __name__
