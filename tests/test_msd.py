@@ -60,7 +60,7 @@ def test_capacity_law(students, law):
             scheduler.step()
         c = low + width * (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
         errors.append(float((b * c + d - c**2).square().mean().detach()))
-            assert abs(a.item()) == pytest.approx(0.7, abs=0.01)
+        assert abs(a.item()) == pytest.approx(0.7, abs=0.01)
     error = sum(errors) / students
     assert error == pytest.approx(law, rel=0.05, abs=3e-5)
 
