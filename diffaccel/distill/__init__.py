@@ -15,5 +15,6 @@ from .trainer import Trainer
 
 __all__ = [
     "DMD2", "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "Prediction",
-    "RectifiedFlow", "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods", "resume", "start",
+    "RectifiedFlow", "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods",
+    "resume", "start",
 ]  # fmt: skip
