@@ -180,8 +180,9 @@ def test_gradients_are_those_of_the_last_step_alone(made, tmp_path):
         g = (fake - real) / ((x0 - real).abs().mean((1, 2, 3), keepdim=True) + 1e-4)
         (g.detach() * x0).mean().backward()
         other = gradients(run.trainer.roles["student"])
-        apart, size = (torch.cat([part.flatten() for part in parts if part is not None]).norm() for parts in (
-            [None if g is None else mine - g for mine, g in zip(found, other, strict=True)], other))  # fmt: skip
+        pairs = [(a, b) for a, b in zip(found, other, strict=True) if b is not None]
+        apart = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+        size = torch.cat([b.flatten() for _, b in pairs]).norm()
         assert apart < 1e-4 * size
         run.trainer.roles["student"].optimizer.zero_grad()
 

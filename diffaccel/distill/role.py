@@ -99,6 +99,13 @@ class Role:
             self.average.optimization_step = 0
         getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
 
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Sets the average to the weights."""
+        if self.average is not None:
+            for shadow, parameter in zip(self.average.shadow_params, self.parameters, strict=True):
+                shadow.copy_(parameter)
+
     def averaged(self) -> "_Averaged":
         """Returns a context in which the network has its averaged weights."""
         return _Averaged(self)
