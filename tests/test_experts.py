@@ -322,7 +322,7 @@ class Phases(Method):
 
     def enter(self, phase):
         if phase == 1:
-            self.frozen["first"] = self.snapshot()
+            self.snapshot("first")
 
     def loss(self, turn, batch):
         velocity = self.velocity(self.networks[turn], batch.inputs)

@@ -19,9 +19,11 @@ __all__ = [
     "ATTENTION",
     "adapters_of",
     "add_lora",
+    "copy_lora",
     "lora_parameters",
     "merged",
     "peft_library",
+    "reset_lora",
     "saved_adapter",
     "using",
 ]
@@ -70,6 +72,48 @@ def add_lora(network: nn.Module, name: str, rank: int, alpha: float | None = Non
     trained |= set(lora_parameters(network, name))
     for key, parameter in network.named_parameters():
         parameter.requires_grad_(key in trained)
+
+
+def copy_lora(network: nn.Module, source: str, name: str) -> None:
+    """Adds an adapter that is a copy of another one.
+
+    Arguments:
+        network: The network.
+        source: The adapter to copy.
+        name: The name of the copy.
+
+    Raises:
+        OptionError: If there is no such adapter, or the name is taken.
+    """
+    check_adapter(network, source)
+    config = cast(Any, network).peft_config[source]
+    add_lora(network, name, config.r, config.lora_alpha, sorted(config.target_modules))
+    copies = lora_parameters(network, name)
+    with torch.no_grad():
+        for key, parameter in lora_parameters(network, source).items():
+            copies[re.sub(rf"(\.lora_\w+\.){re.escape(source)}", rf"\g<1>{name}", key)].copy_(parameter)
+
+
+@torch.no_grad()
+def reset_lora(network: nn.Module, name: str, seed: int = 0) -> None:
+    """Sets an adapter to what a new one is: the network is what it is without it.
+
+    Arguments:
+        network: The network.
+        name: The adapter.
+        seed: Decides A; the global generator is left as it is.
+
+    Raises:
+        OptionError: If there is no such adapter.
+    """
+    check_adapter(network, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for tuner in tuners_of(network):
+            if name in tuner.lora_A:
+                drawn = torch.empty_like(tuner.lora_A[name].weight, device="cpu")
+                tuner.lora_A[name].weight.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5))
+                tuner.lora_B[name].weight.zero_()
 
 
 def _matched(network: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..options import option
-from .adapters import add_lora
+from .adapters import copy_lora
 from .data import Batch
 from .denoiser import Denoiser
 from .draws import Draws
 from .grid import Grid, shift_of
 from .host import Inputs
 from .matching import (
-    Levels,
     fake_loss,
     kl_weight,
     matching_gradient,
@@ -59,7 +58,6 @@ class DistributionMatching(Method):
 
     helpers: ClassVar[frozenset[str]] = frozenset({FAKE})
     bound: ClassVar[bool] = True
-    jump: ClassVar[bool] = True
 
     ratio: int = option(5, low=1)
     fake_rate: float = option(1.0, low=0.0)
@@ -91,7 +89,7 @@ class DistributionMatching(Method):
                 f"{self.name} trains one number of steps; set steps=[4], not {list(setup.steps)}"
             )
         scheduler = setup.host.pipe.scheduler
-        stock = Grid.stock(scheduler, setup.steps[0], self.jump)
+        stock = Grid.stock(scheduler, setup.steps[0], self.jumps)
         self.trained = Grid(tuple(map(float, self.times)), stock.kind) if self.times else stock
         """The grid of the student."""
         if len(self.trained) != setup.steps[0]:
@@ -104,6 +102,11 @@ class DistributionMatching(Method):
         """The teacher's guidance scale."""
         self._blank = setup.host.encode_unconditional(1) if self.scale != 1 else None
         self._blanks: dict[int, Inputs] = {}
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the student's steps jump to x0, and take fresh noise."""
+        return True
 
     def turns(self, step: int) -> tuple[str, ...]:
         """Returns the student, and the fake score as often as the ratio says."""
@@ -156,9 +159,23 @@ class DistributionMatching(Method):
         uncond = self.setup.teacher(x_t, t, self._blanks[inputs.rows]).x0
         return uncond + self.scale * (x0 - uncond)
 
-    def gradient(self, real: Tensor, fake: Tensor, sample: Tensor, s: Levels, t: Levels) -> Tensor:
-        """Returns the gradient (B, *) of what the student has made, by the chosen normalizer."""
-        weight = kl_weight("flow", s, t) if self.normalizer == "kl" else None
+    def led(self, x_s: Tensor, s: float, t: Tensor, noise: Tensor) -> Tensor:
+        """Returns a_{t|s} x_s + s_{t|s} noise, (B, *): samples at the time s, led to the times t (B)."""
+        between = transition("flow", straight(torch.full_like(t, s)), straight(t))
+        return broad(between.alpha, x_s) * x_s + broad(between.sigma, x_s) * noise
+
+    def gradient(self, real: Tensor, fake: Tensor, sample: Tensor, s: float, t: Tensor) -> Tensor:
+        """Returns the gradient (B, *) of what the student has made, by the chosen normalizer.
+
+        Arguments:
+            real: The teacher's x0 at the times t, with shape (B, *).
+            fake: The fake score's x0, with shape (B, *).
+            sample: The student's x0, with shape (B, *).
+            s: The time of what the student has made.
+            t: The times (B).
+        """
+        kl = self.normalizer == "kl"
+        weight = kl_weight("flow", straight(torch.full_like(t, s)), straight(t)) if kl else None
         return matching_gradient(real, fake, sample, weight)
 
     def fake_turn(self, x_s: Tensor, s: float, t: Tensor, noise: Tensor, inputs: Inputs,
@@ -176,9 +193,9 @@ class DistributionMatching(Method):
         """
         low, high = straight(torch.full_like(t, s)), straight(t)
         between, x_s = transition("flow", low, high), x_s.detach()
-        x_t = broad(between.alpha, x_s) * x_s + broad(between.sigma, x_s) * noise
         x0, eps = pseudo_pair("flow", x_s, noise, low, high)
-        said, own = self._fake(x_t, t, inputs), self.setup.host.units.level(*high)
+        said = self._fake(self.led(x_s, s, t, noise), t, inputs)
+        own = self.setup.host.units.level(*high)
         p, q = broad(own.p, x_s), broad(own.q, x_s)
         scale = torch.hypot(own.alpha, own.sigma) / torch.hypot(*high)  # the width is that of its own path
         unit = high.sigma / between.sigma * (own.q - own.p * high.sigma / high.alpha)
@@ -188,8 +205,7 @@ class DistributionMatching(Method):
     def _copy_of_teacher(self, setup: Setup) -> Denoiser:
         network: Any = setup.teacher.network
         if setup.student.adapter is not None:
-            rank = network.peft_config[setup.student.adapter].r
             name = setup.student.adapter.replace("student", FAKE)  # there may be several students
-            add_lora(network, name, rank, seed=1)
+            copy_lora(network, setup.student.adapter, name)
             return Denoiser(network, setup.student.units, name)
         return Denoiser(copy.deepcopy(network).requires_grad_(True), setup.student.units)

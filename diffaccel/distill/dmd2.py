@@ -14,9 +14,8 @@ from .denoiser import Denoiser, Prediction
 from .discriminator import Features, Head
 from .distribution_matching import FAKE, DistributionMatching
 from .host import Inputs
-from .matching import straight, surrogate
+from .matching import surrogate
 from .method import Setup
-from .premetrics import broad
 from .walk import times_like, walk
 
 __all__ = ["DMD2"]
@@ -95,11 +94,10 @@ class DMD2(DistributionMatching):
         return x, times_like(times[steps - 1], x)
 
     def _student_terms(self, sample: Tensor, t: Tensor, noise: Tensor, batch: Batch) -> dict[str, Tensor]:
-        level, clean = straight(t), straight(torch.zeros_like(t))
-        x_t = broad(level.alpha, sample) * sample + broad(level.sigma, sample) * noise
+        x_t = self.led(sample, 0.0, t, noise)
         said, features = self._judged(x_t if self.adversarial else x_t.detach(), t, batch.inputs)
         real = self.real(x_t.detach(), t, batch.inputs)
-        gradient = self.gradient(real, said.x0.detach(), sample.detach(), clean, level)
+        gradient = self.gradient(real, said.x0.detach(), sample.detach(), 0.0, t)
         terms = {"matching": surrogate(gradient, sample)}
         if features is not None:
             terms["adversarial"] = self.adversarial * functional.softplus(-self._head(features)).mean()
@@ -122,9 +120,7 @@ class DMD2(DistributionMatching):
         terms = {"denoising": self.fake_turn(sample, 0.0, t, noise, batch.inputs)}
         if self.adversarial:
             made = self._head(self._features.take())
-            level = straight(t)
-            x_t = broad(level.alpha, noise) * batch.x0 + broad(level.sigma, noise) * noise
-            self._fake(x_t, t, batch.inputs)
+            self._fake(self.led(batch.x0, 0.0, t, noise), t, batch.inputs)
             real = self._head(self._features.take())
             both = functional.softplus(made).mean() + functional.softplus(-real).mean()
             terms["critic"] = self.critic * both

@@ -137,8 +137,8 @@ def matching_gradient(real: Tensor, fake: Tensor, sample: Tensor, weight: Tensor
 def surrogate(gradient: Tensor, sample: Tensor) -> Tensor:
     """Returns a loss () of which the gradient by the sample is the given one, over the number of entries.
 
-    Its value is half the mean square of the gradient. It is linear: the square of sample - (sample - gradient) has the same gradient, but in bfloat16 the
-    subtraction loses it: 17 % of one that is 0.01 of the sample, 80 % of 0.001.
+    Its value is half the mean square of the gradient. It is linear: the square of sample - (sample -
+    gradient) has the same gradient, but in bfloat16 loses 17 % of one of size 0.01, and 80 % of 0.001.
 
     Arguments:
         gradient: The gradient (B, *).

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import OptionError, closest
 from ..options import check_names, check_options
+from .adapters import copy_lora, lora_parameters
 from .data import Batch
 from .denoiser import Denoiser, guided_velocity
 from .grid import Grid
@@ -150,10 +151,24 @@ class Method(ABC):
         """Returns the velocity field of a network with its conditions bound: (x_t, t) -> (B, *)."""
         return guided_velocity(network, inputs, None, 1.0)
 
-    def snapshot(self) -> Denoiser:
-        """Returns a frozen copy of the student as it is now, to be kept in `frozen`."""
+    def snapshot(self, name: str) -> Denoiser:
+        """Keeps a frozen copy of the student as it is now in `frozen`, and returns it.
+
+        Arguments:
+            name: Its name there, and that of an adapter beside the student's, if that is one.
+        """
         student = self.networks["student"]
         network: Any = getattr(student.network, "module", student.network)
+        self.frozen[name] = copied = self._copied(network, name)
+        return copied
+
+    def _copied(self, network: Any, name: str) -> Denoiser:
+        student = self.networks["student"]
+        if student.adapter is not None:
+            copy_lora(network, student.adapter, name)
+            for parameter in lora_parameters(network, name).values():
+                parameter.requires_grad_(False)
+            return Denoiser(network, student.units, name)
         copied = student_like(network)  # a deep copy would take along what accelerate does to its forward
         copied.load_state_dict(network.state_dict())
         copied.to(next(network.parameters()).device).requires_grad_(False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..options import option
-from .adapters import add_lora
+from .adapters import copy_lora
 from .data import Batch
 from .denoiser import Denoiser
 from .distribution_matching import FAKE
@@ -206,5 +206,5 @@ def _another(student: Denoiser, place: int) -> Denoiser:
         return Denoiser(copy.deepcopy(student.network), student.units)
     network: Any = student.network
     name = _turn(student.adapter, place)
-    add_lora(network, name, network.peft_config[student.adapter].r, seed=0)
+    copy_lora(network, student.adapter, name)
     return Denoiser(network, student.units, name)

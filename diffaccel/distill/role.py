@@ -99,11 +99,12 @@ class Role:
             self.average.optimization_step = 0
         getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
 
-    def begin_average(self) -> None:
-        """Sets the average to the weights, which a new phase may have set."""
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Sets the average to the weights."""
         if self.average is not None:
             for shadow, parameter in zip(self.average.shadow_params, self.parameters, strict=True):
-                shadow.copy_(parameter.detach())
+                shadow.copy_(parameter)
 
     def averaged(self) -> "_Averaged":
         """Returns a context in which the network has its averaged weights."""

@@ -92,7 +92,7 @@ class Trainer:
             role.forget()
         self.method.enter(phase)
         for role in self.roles.values():
-            role.begin_average()
+            role.follow()
 
     def _parts(self, role: Role) -> Iterator[tuple[Batch, float, bool]]:
         """Yields this process' samples in parts, each with its share of them, and whether it is the last."""
@@ -220,9 +220,10 @@ class Trainer:
             for name, role in self.roles.items() if role.average is not None
         }  # fmt: skip
         kept = self.method.frozen.items()
-        frozen = {f"frozen-{name}": _copied(denoiser.network.state_dict()) for name, denoiser in kept}
+        frozen = {f"frozen-{name}": _copied(denoiser.state()) for name, denoiser in kept}
         return {**found, **frozen}
 
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Returns to saved averages and networks."""
         for name, role in self.roles.items():
@@ -231,7 +232,8 @@ class Trainer:
                 for key, shadow in zip(role.keys, role.average.shadow_params, strict=True):
                     shadow.copy_(saved[key])
         for name, denoiser in self.method.frozen.items():
-            denoiser.network.load_state_dict(tensors[f"frozen-{name}"])
+            for key, value in denoiser.state().items():
+                value.copy_(tensors[f"frozen-{name}"][key])
 
     def _only_trained(self, models: list[Any], weights: list[Any], folder: str) -> None:
         """Leaves out of a checkpoint what is not trained: the base that LoRA adapters share."""

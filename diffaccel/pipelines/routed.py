@@ -98,6 +98,18 @@ class Routed(ModelMixin, ConfigMixin):
         inner = getattr(self.leading, "config", {}) if len(getattr(self, "networks", ())) else {}
         return FrozenDict({**inner, **own})
 
+    @property
+    def _repeated_blocks(self) -> Any:
+        return getattr(self.leading, "_repeated_blocks", None)
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return getattr(self.leading, "_no_split_modules", None)
+
+    @property
+    def _skip_layerwise_casting_patterns(self) -> Any:
+        return getattr(self.leading, "_skip_layerwise_casting_patterns", None)
+
     def __getattr__(self, name: str) -> Any:
         """Returns what the first network has and the module has not, but for its methods and secrets."""
         modules = self.__dict__.get("_modules", {})
