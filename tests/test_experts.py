@@ -12,9 +12,9 @@ from test_export import CARD, SIZE
 from tiny_pipelines import TINY, fresh, run
 from torch import nn
 
-from diffaccel.distill import Denoiser, Grid, Host, export
-from diffaccel.distill.adapters import add_lora, lora_parameters, using
-from diffaccel.distill.assembly import check_grids, joined, timestep_of
+from diffaccel.distill import Denoiser, Grid, Host, export, export_lora
+from diffaccel.distill.adapters import add_lora, lora_parameters, merged, using
+from diffaccel.distill.assembly import averaged, check_grids, joined, timestep_of
 from diffaccel.distill.config import merge
 from diffaccel.distill.grid import fixed_grid
 from diffaccel.distill.method import Expert, Method
@@ -249,6 +249,37 @@ def test_exported_adapters(name, tmp_path):
     assert "2 adapters of one network" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_adapters_without_their_network(name, tmp_path):
+    """A folder of adapters and a scheduler; put on the teacher's network, they make the student's images."""
+    case, _ = lora_case(name)
+    network = joined(case.experts, case.host.units)
+    wanted = case.call(case.pipeline(network))
+    common = {"guidance": 1.0, "card": CARD, "options": call_of(name), "dtype": torch.float32}
+    folder = export_lora(network, None, case.pipe, part_of(name), case.grid, tmp_path / "it", **common)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md", "adapters.safetensors", "config.json", "scheduler"
+    ]  # fmt: skip
+    text = (folder / "README.md").read_text()
+    assert f'pipe.{part_of(name)} = NoiseExperts.on(pipe.{part_of(name)}, "it")' in text
+    assert "import DiffusionPipeline" in text and "load_lora_weights" not in text
+    pipe = fresh(name)
+    setattr(pipe, part_of(name), NoiseExperts.on(getattr(pipe, part_of(name)), folder))
+    pipe.scheduler = FixedGridScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert torch.equal(case.call(pipe), wanted)
+    with pytest.raises(OptionError, match="an adapter 'phase0' already"):
+        NoiseExperts.on(getattr(pipe, part_of(name)).leading, folder)
+    with pytest.raises(ModelError, match="not of a FluxTransformer2DModel"):
+        NoiseExperts.on(fresh("flux").transformer, folder)
+    with pytest.raises(ModelError, match="cannot read"):
+        (folder / "adapters.safetensors").unlink()
+        NoiseExperts.on(getattr(fresh(name), part_of(name)), folder)
+    with pytest.raises(OptionError, match="networks of their own"):
+        whole = joined(Case(name, 2).experts, case.host.units)
+        export_lora(whole, None, fresh(name), part_of(name), case.grid, tmp_path / "other", **common)
+    assert not (tmp_path / "other").exists()
+
+
 def test_two_places_of_a_pipeline(tmp_path):
     """Wan: two experts leave as the stock pipeline of Wan 2.2, from a teacher of one network or of two."""
     for name in ("wan", "wan22"):
@@ -265,9 +296,33 @@ def test_two_places_of_a_pipeline(tmp_path):
         last = [list(part.parameters())[-1] for part in (own.transformer, own.transformer_2)]
         trained = [list(part.parameters())[-1] for part in case.networks]
         assert all(torch.equal(a, b) for a, b in zip(last, trained, strict=True))
-        text = (folder / "README.md").read_text()
-        assert ("import diffaccel" in text) == isinstance(own.scheduler, FixedGridScheduler)
+        assert type(own.scheduler) is FixedGridScheduler
+        with pytest.raises(OptionError, match="trained for 4 steps, not for 5"):
+            run(TINY[name], own, 5)
         assert case.pipe.config.boundary_ratio == (0.875 if name == "wan22" else None)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22"])
+def test_adapters_in_two_places(name, tmp_path):
+    """Adapters of one network, or of the two of a teacher, are merged, each into its place."""
+    pipe = fresh(name)
+    host = Host(pipe, call_of(name))
+    bases = [pipe.transformer, pipe.transformer_2 or pipe.transformer]
+    for place, base in enumerate(bases):
+        add_lora(base, f"phase{place}", 2, seed=place)
+        torch.manual_seed(place)
+        for parameter in lora_parameters(base, f"phase{place}").values():
+            nn.init.normal_(parameter, std=0.3)
+    experts = [Expert(Denoiser(base, host.units, f"phase{place}"), (0.88, 0.0)[place])
+               for place, base in enumerate(bases)]  # fmt: skip
+    grid, options = Grid((1.0, 0.9375, 5 / 6, 0.625)), {"options": call_of(name), "dtype": torch.float32}
+    folder = export(joined(experts, host.units), pipe, "transformer", grid, tmp_path / name, guidance=1.0,
+                    card=CARD, **options)  # fmt: skip
+    own = reloaded(folder)
+    for place, base in enumerate(bases):
+        part = (own.transformer, own.transformer_2)[place].state_dict()
+        for key, value in merged(base, f"phase{place}").items():
+            assert torch.equal(part[key], value)
 
 
 def test_one_student_of_a_teacher_of_two(tmp_path):
@@ -365,6 +420,35 @@ def test_runs_of_two_experts(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(("rank", "lora"), [(0, False), (2, False), (2, True)])
+def test_phased_dmd_leaves(rank, lora, tmp_path):
+    """The experts of a run of two phases, as networks, as adapters of one, and as adapters alone."""
+    TINY["dit"].build().save_pretrained(tmp_path / "teacher")
+    make_pairs(tmp_path / "pairs", fresh("dit"), [0, 1, 2], count=12, steps=2, guidance=2.0)
+    settings = {"method": "phased-dmd", "teacher": str(tmp_path / "teacher"), "steps": [4], "images": 8,
+                "pairs": str(tmp_path / "pairs"), "run": str(tmp_path / "run"), "batch": 2, "ema_images": 4,
+                "eval_count": 2, "lr": 1e-3, "lora_rank": rank, "options": {"ratio": 1}}  # fmt: skip
+    made = start(merge(settings))
+    made.trainer.fit(stop=4)
+    assert "diversity/4" in Validation(made)()["validation"]
+    made.trainer.fit()
+    assert made.trainer.phase == 1 and "diversity/4" in Validation(made)()["validation"]
+    folder = export_run(made, tmp_path / "it", torch.float32, lora=lora)
+    with averaged(made.trainer, made.host.units) as student:
+        if lora:
+            other = NoiseExperts.on(fresh("dit").transformer, folder)
+        else:
+            other = reloaded(folder).transformer
+        assert len(other.networks) == (1 if rank else 2) and other.limits == student.limits
+        inputs = made.host.encode([0, 1, 2])
+        x, t = torch.randn(3, *made.host.shape), torch.tensor([0.99, 0.5, 0.05])
+        with torch.no_grad():
+            found, wanted = (
+                Denoiser(one, made.host.units)(x, t, inputs).velocity for one in (other, student)
+            )
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
 # ---------------------------------------------------------------- the rest of diffaccel and of torch
 
 
@@ -398,6 +482,23 @@ def test_compiled():
     before = len(graphs)
     assert before and torch.allclose(case.call(pipe), wanted, atol=1e-5) and len(graphs) == before
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["model", "group", "blocks"])
+def test_offloaded_and_compiled_in_parts(way):
+    case = Case("flux", 2)
+    pipe = case.pipeline(copy.deepcopy(joined(case.experts, case.host.units)))
+    wanted = case.call(pipe)
+    if way == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif way == "group":
+        cpu = torch.device("cpu")
+        pipe.transformer.enable_group_offload(onload_device=cpu, offload_type="leaf_level")
+    else:
+        torch._dynamo.reset()
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+    for _ in range(2):
+        assert torch.allclose(case.call(pipe), wanted, rtol=0, atol=0 if way != "blocks" else 1e-4)
 
 
 def test_caches_of_diffusers():

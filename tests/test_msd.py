@@ -99,8 +99,8 @@ def test_score_matching_of_a_gaussian_teacher():
 
         optimizer.step(closure)
         k = var * (1 - time) / ((1 - time) ** 2 * var + time**2)
-        assert float(gain) == pytest.approx((1 - k) / time, abs=1e-6)
-        assert float(rest) == pytest.approx(-(mean - k * (1 - time) * mean) / time, abs=1e-6)
+        assert gain.item() == pytest.approx((1 - k) / time, abs=1e-6)
+        assert rest.item() == pytest.approx(-(mean - k * (1 - time) * mean) / time, abs=1e-6)
 
 
 def test_score_matching_of_the_teacher_itself():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..pipelines import ConditionExperts, NoiseExperts
-from ..pipelines.routed import Member, Routed
+from ..pipelines.routed import BUILT, Member, Routed
 from ..pipelines.switching import insert_adapter
 from .adapters import merged
 from .fixed_guidance import fix_guidance
@@ -116,19 +116,26 @@ def averaged(trainer: "Trainer", units: Units) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def settled(network: nn.Module, adapter: str | None, guidance: float | None = None) -> nn.Module:
+def settled(network: nn.Module, adapter: str | None, guidance: float | None = None,
+            apart: bool = False) -> nn.Module:  # fmt: skip
     """Returns a frozen copy of a student as it leaves: what it needs, and no guidance to give if possible.
 
-    An adapter is merged; those of experts stay adapters, of one base.
+    An adapter is merged; those of experts stay adapters if they share one base.
 
     Arguments:
         network: The network, of experts or not.
         adapter: The adapter to merge, or None.
         guidance: The guidance scale that it was trained with, see `fix_guidance`.
+        apart: Whether each expert is to have a network of its own, though they are adapters of one.
     """
     state = merged(network, adapter)
     if not isinstance(network, Routed):
         return _plain(network, state, guidance)
+    rest = {key: network.config[key] for key in _settings(network)}
+    if network.config["adapters"] and (apart or len(network.networks) > 1):
+        pairs = [(network.networks[place], name) for place, name in network.members]
+        alone = [_plain(part, merged(part, name or None), guidance) for part, name in pairs]
+        return type(network).of([(part, None) for part in alone], **rest)
     plain = []
     for place, part in enumerate(network.networks):
         start = f"networks.{place}."
@@ -138,13 +145,11 @@ def settled(network: nn.Module, adapter: str | None, guidance: float | None = No
     for entry in network.config["adapters"]:
         part, name = plain[entry["network"]], entry["name"]
         _inject(part, name, entry["settings"], f"networks.{entry['network']}.", whole)
-    rest = {key: network.config[key] for key in _settings(network)}
     return type(network).of([(plain[place], name) for place, name in network.members], **rest)
 
 
 def _settings(network: Routed) -> list[str]:
-    built = ("networks", "adapters", "members")
-    return [key for key in network._internal_dict if not key.startswith("_") and key not in built]
+    return [key for key in network._internal_dict if not key.startswith("_") and key not in BUILT]
 
 
 def _plain(network: nn.Module, state: dict[str, Tensor], guidance: float | None) -> nn.Module:

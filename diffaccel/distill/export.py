@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import ModelError, OptionError, UnsupportedPipeline, closest
 from ..eval.sampler import device_of
 from ..files import read_object, whole_folder
+from ..pipelines import NoiseExperts
 from ..pipelines.routed import Routed
 from ..pipelines.run import denoisers_of
 from ..pipelines.unguided import NULL_LABEL
@@ -28,7 +29,7 @@ from .adapters import adapters_of, merged, saved_adapter
 from .assembly import settled
 from .card import Card, call_code, card_text
 from .fixed_guidance import ignores_guidance
-from .grid import Grid, fixed_grid, scheduler_for
+from .grid import Calls, Grid, fixed_grid, scheduler_for
 from .trial import Student, cast, compare, images, in_training, with_network, with_parts
 
 __all__ = ["GUIDANCE_KEY", "STEPS_KEY", "Grid", "export", "export_lora", "scheduler_for"]
@@ -79,7 +80,7 @@ def export(
     """
     about, target = Card.of(card), _target(out, overwrite)
     trained = _student(student, lora, teacher_pipe, component, grids, guidance, conditions, options or {})
-    network = settled(student, lora, trained.guidance)
+    network = settled(student, lora, trained.guidance, apart="boundary_ratio" in teacher_pipe.config)
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         pipe.save_pretrained(folder)
@@ -97,17 +98,18 @@ def export(
 
 
 def export_lora(
-    student: nn.Module, name: str, teacher_pipe: Any, component: str, grids: Grid | Sequence[Grid],
+    student: nn.Module, name: str | None, teacher_pipe: Any, component: str, grids: Grid | Sequence[Grid],
     out: str | Path, *, guidance: float, card: Mapping[str, Any], dtype: torch.dtype = torch.float16,
     conditions: Sequence[str] = (), options: Mapping[str, Any] | None = None, overwrite: bool = False,
 ) -> Path:  # fmt: skip
     """Writes an adapter as a folder for ``pipe.load_lora_weights``, with the student's scheduler beside it.
 
-    It is loaded onto the teacher's network and compared. The card's ``teacher`` has to be what users load.
+    The adapters of several experts are a folder for ``NoiseExperts.on``. What is written is loaded onto the
+    teacher's network and compared. The card's ``teacher`` has to be what users load.
 
     Arguments:
-        student: The network with the adapter.
-        name: The adapter.
+        student: The network with the adapter, or a `NoiseExperts` of adapters.
+        name: The adapter; None for those of experts.
         teacher_pipe: The teacher's pipeline.
         component: The name of the network in the pipeline, as "unet".
         grids: The grids of all numbers of steps that were trained.
@@ -124,9 +126,13 @@ def export_lora(
         OptionError: If there is no such adapter, or an argument does not fit the pipeline.
         UnsupportedPipeline: If the pipeline loads no adapters of this component; merge it then.
     """
-    about, target, save = Card.of(card), _target(out, overwrite), _saver(teacher_pipe, component)
+    about, target = Card.of(card), _target(out, overwrite)
     trained = _student(student, name, teacher_pipe, component, grids, guidance, conditions, options or {})
-    layers, settings = saved_adapter(student, name, dtype)
+    if isinstance(student, Routed):
+        own = _experts_writer(student, trained, about, target, dtype)
+        return _publish(trained, settled(student, None), target, about, dtype, own)
+    assert name is not None
+    save, (layers, settings) = _saver(teacher_pipe, component), saved_adapter(student, name, dtype)
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         save(folder, layers, settings)
@@ -139,6 +145,29 @@ def export_lora(
         return loaded, code, {"adapter": f"rank {settings['r']}, alpha {settings['lora_alpha']:g}"}
 
     return _publish(trained, settled(student, name), target, about, dtype, write)
+
+
+def _experts_writer(student: Routed, trained: Student, about: Card, target: Path,
+                    dtype: torch.dtype) -> Writer:  # fmt: skip
+    """Returns what writes the adapters of experts."""
+    kind, component = type(student), trained.component
+
+    def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
+        student.save_adapters(folder, dtype)
+        pipe.scheduler.save_pretrained(folder / "scheduler")
+        base = nn.Module.to(settled(getattr(trained.pipe, component), None), dtype)
+        loaded = cast(with_parts(pipe, **{component: kind.on(base, folder)}), dtype)
+        loaded.scheduler = type(pipe.scheduler).from_pretrained(folder, subfolder="scheduler")
+        code = _adapter_code(about.teacher, target.name, type(pipe.scheduler))
+        place = next(number for number, line in enumerate(code) if "load_lora_weights" in line)
+        code[place] = f'pipe.{component} = {kind.__name__}.on(pipe.{component}, "{target.name}")'
+        return (
+            loaded,
+            [f"from diffaccel.pipelines import {kind.__name__}", *code],
+            {"experts": student.summary()},
+        )
+
+    return write
 
 
 def _saver(pipe: Any, component: str) -> Callable[[Path, Any, Any], None]:
@@ -211,7 +240,7 @@ def _publish(trained: Student, network: nn.Module, target: Path, about: Card, dt
         wanted, calls = in_training(trained)
         pipe = cast(with_network(trained.pipe, trained.component, network), dtype)
         rounded = images(trained, with_parts(pipe, scheduler=fixed_grid(teacher, trained.grids)))
-        pipe.scheduler = scheduler_for(teacher, trained.grids, calls)
+        pipe.scheduler = _scheduler(trained, calls)
         pipe.scheduler.register_to_config(**_notes(trained))
         loaded, code, facts = write(folder, pipe)
         made = images(trained, with_parts(loaded.to(device_of(trained.pipe))))
@@ -222,6 +251,14 @@ def _publish(trained: Student, network: nn.Module, target: Path, about: Card, dt
         text = card_text(about, target.name, pipe, trained.grids, trained.guidance, fixed, code, facts)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return target
+
+
+def _scheduler(trained: Student, calls: Calls) -> Any:
+    """Returns the scheduler to leave with: where noise decides on the expert, one that has no other grids."""
+    teacher = trained.pipe.scheduler
+    if isinstance(trained.network, NoiseExperts) and len(trained.network.members) > 1:
+        return fixed_grid(teacher, trained.grids)
+    return scheduler_for(teacher, trained.grids, calls)
 
 
 def _notes(trained: Student) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        OptionError: If the student is no adapter, or several, and ``lora`` asks for one; or if rounding would
+        OptionError: If the student is no adapter, and ``lora`` asks for one; or if rounding would
             decide which expert makes a step.
         ModelError: If the folder exists, or the loaded pipeline makes other images than the student.
     """
@@ -154,17 +154,14 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
     check_grids(experts, run.host.units, grids)
     if lora and not config.lora_rank:
         raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
-    if lora and len(experts) > 1:
-        raise OptionError(
-            f"load_lora_weights cannot switch between {len(experts)} experts; export without it: the folder "
-            "has their network once, and their adapters"
-        )
     with averaged(run.trainer, run.host.units) as student:
         if len(experts) == 1 and config.lora_rank:
             network = run.trainer.roles["student"].network
             if lora:
                 return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
             return export(network, run.pipe, component, grids, out, lora=STUDENT, **options)
+        if lora:
+            return export_lora(student, None, run.pipe, component, grids, out, **options)
         return export(student, run.pipe, component, grids, out, **options)
 
 

@@ -9,22 +9,31 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ModelError
+from ..errors import ModelError, OptionError
+from ..files import read_object
 from .rows import take_rows
 from .switching import check_adapter, insert_adapter, using
 
-__all__ = ["Member", "Routed", "described"]
+__all__ = ["BUILT", "Member", "Routed", "described"]
 
 Member = tuple[nn.Module, str | None]
 """A network and the adapter that is in force in it: "" for none of them, None to leave that as it is."""
+
+ADAPTERS = "adapters.safetensors"
+
+BUILT = ("networks", "adapters", "members")
+"""The settings that say of what a module is made."""
 
 _LIBRARIES = ("diffusers", "diffaccel")
 _OWN = ("peft_config",)
@@ -121,6 +130,60 @@ class Routed(ModelMixin, ConfigMixin):
             if found is not None and not inspect.ismethod(found):
                 return found
         return nn.Module.__getattr__(self, name)
+
+    def save_adapters(self, folder: str | Path, dtype: torch.dtype) -> None:
+        """Writes the adapters without their network, for `on`.
+
+        Arguments:
+            folder: The folder, which is there.
+            dtype: The type of the weights.
+
+        Raises:
+            OptionError: If the experts are not adapters of one network.
+        """
+        if len(self.networks) > 1 or not self.config["adapters"]:
+            raise OptionError(
+                "only adapters of one network leave without it; these are networks of their own"
+            )
+        ends = tuple(f".{entry['name']}.weight" for entry in self.config["adapters"])
+        state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in self.state_dict().items()
+                 if ".lora_" in key and key.endswith(ends)}  # fmt: skip
+        self.save_config(folder)
+        save_file(state, Path(folder) / ADAPTERS)
+
+    @classmethod
+    def on(cls, network: nn.Module, folder: str | Path) -> Self:
+        """Returns experts that are adapters, put on a network that is changed for it.
+
+        Arguments:
+            network: The network that they were trained on, without adapters of their names.
+            folder: What `save_adapters` has written.
+
+        Raises:
+            ModelError: If they are not there, or of another network.
+        """
+        file, config = Path(folder) / ADAPTERS, read_object(Path(folder) / cls.config_name, ModelError)
+        try:
+            state = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read {str(file)!r}: {error}") from error
+        made, found = described(network), config["networks"][0]
+        if (made["library"], made["class"]) != (found["library"], found["class"]):
+            raise ModelError(f"{str(folder)!r} has adapters of a {found['class']}, not of a {made['class']}")
+        like = next(network.parameters())
+        for entry in config["adapters"]:
+            insert_adapter(network, entry["name"], entry["settings"])
+        nn.Module.to(network, like.device, like.dtype).requires_grad_(False)
+        own = dict(network.named_parameters())
+        for key, value in state.items():
+            target = own.get(key.removeprefix("networks.0."))
+            if target is None or target.shape != value.shape:
+                raise ModelError(
+                    f"{str(folder)!r} has adapters of another {made['class']}: {key} does not fit"
+                )
+            target.data.copy_(value)
+        rest = {key: config[key] for key in config if not key.startswith("_") and key not in BUILT}
+        return cls.of([(network, name) for _, name in config["members"]], **rest)
 
     @abstractmethod
     def route(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:

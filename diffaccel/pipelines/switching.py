@@ -34,9 +34,11 @@ def insert_adapter(network: nn.Module, name: str, settings: Mapping[str, Any]) -
         settings: The arguments of peft's ``LoraConfig``.
 
     Raises:
-        OptionError: If peft is not installed.
+        OptionError: If peft is not installed, or the name is taken.
     """
     peft = peft_library()
+    if name in adapters_of(network):
+        raise OptionError(f"the network has an adapter {name!r} already")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of a second adapter
         peft.inject_adapter_in_model(peft.LoraConfig(**settings), network, name)
