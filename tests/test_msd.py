@@ -321,6 +321,9 @@ def test_students_see_their_own_conditions(made):
         batch = data.batch(range(200), turn, 0)
         assert set(batch.inputs.kwargs["class_labels"].tolist()) == set(own)
         assert set(batch.unfiltered.inputs.kwargs["class_labels"].tolist()) == set(range(6))
+        with torch.autocast("cpu", torch.bfloat16):  # as within a step
+            again = data.batch(range(200), turn, 0).unfiltered
+        assert torch.equal(again.x0, batch.unfiltered.x0) and again.x0.dtype == torch.float32
     epoch = [store.order(0, n, data._among((0, 1, 2))) for n in range(12)]
     assert sorted(epoch) == data._among((0, 1, 2))  # each pair once
     assert data.batch(range(4), "all", 0).whole is None
@@ -349,9 +352,10 @@ def test_what_a_run_gives_its_students(made, tmp_path):
 
 def test_students_are_independent(made, tmp_path):
     """What student 2 learns, or whether it does, changes no bit of student 1."""
-    both = start(config(made, tmp_path / "both"))
+    changes = {"options": {"students": 2, "ratio": 1, "regression": 0.5}}
+    both = start(config(made, tmp_path / "both", **changes))
     both.trainer.fit()
-    alone = start(config(made, tmp_path / "alone"))
+    alone = start(config(made, tmp_path / "alone", **changes))
     turns = alone.method.turns
     alone.method.turns = lambda step: tuple(turn for turn in turns(step) if not turn.endswith("_2"))
     alone.trainer.fit()
@@ -383,10 +387,13 @@ def test_from_a_run_to_a_pipeline(made, tmp_path, rank):
             assert torch.equal(state[key], value)
     text = (folder / "README.md").read_text()
     assert "by class: 0, 1, 2; 3, 4, 5" in text and "import diffaccel" in text
-    with pytest.raises(
-        OptionError, match="cannot switch between 2 experts" if rank else "weights of its own"
-    ):
-        export_run(again, tmp_path / "lora", lora=True)
+    if rank:
+        folder = export_run(again, tmp_path / "lora", torch.float32, lora=True)
+        put = ConditionExperts.on(plain("dit").transformer, folder)
+        assert same(list(put.state_dict().values()), list(network.state_dict().values()))
+    else:
+        with pytest.raises(OptionError, match="weights of its own"):
+            export_run(again, tmp_path / "lora", lora=True)
 
 
 def test_smaller_students_and_all_stages(made, tmp_path):

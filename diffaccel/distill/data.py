@@ -1,6 +1,7 @@
 """What a step of training is given: samples by number, the same ones however they are divided."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,8 +83,12 @@ class PairData:
         if wanted is None:
             return self._made(numbers, None, turn, images)
 
-        def whole() -> Batch:
-            return self._made(numbers, None, turn, images)
+        def whole() -> Batch:  # asked for within a step, whose mixed precision is for the networks alone
+            kinds = {"cpu", self.device.type}
+            with ExitStack() as stack:
+                for kind in kinds:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                return self._made(numbers, None, turn, images)
 
         return replace(self._made(numbers, self._among(wanted), turn, images), whole=whole)
 
