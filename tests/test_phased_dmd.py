@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from forking import together
-from test_dmd2 import assert_same, gradients, turn, weights
+from test_dmd2 import assert_same, fit_and_save, gradients, turn, weights
 from test_matching import double, levels
 from tiny_pipelines import TINY
 from torch import nn
@@ -316,17 +316,11 @@ def test_two_processes_make_the_course_of_one(made, tmp_path):
     one.trainer.fit()
     second = merge({**asdict(settings), "run": str(tmp_path / "two")})
 
-    def work():
-        two = start(second)
-        two.trainer.fit()
-        if two.trainer.accelerator.is_main_process:
-            torch.save([*two.trainer.roles["student"].parameters, *two.trainer.roles[FAKE].parameters],
-                       tmp_path / "two.pt")  # fmt: skip
-
-    together(work)
-    own = [*one.trainer.roles["student"].parameters, *one.trainer.roles[FAKE].parameters]
-    for value, p in zip(torch.load(tmp_path / "two.pt"), own, strict=True):
-        torch.testing.assert_close(value, p, rtol=1e-4, atol=1e-6)
+    together(fit_and_save, second, tmp_path / "two.pt")
+    found = torch.load(tmp_path / "two.pt")
+    for name, role in one.trainer.roles.items():
+        for key, p in zip(role.keys, role.parameters, strict=True):
+            torch.testing.assert_close(found[name][key], p, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
 
 
 def test_gradients_are_those_of_one_jump_to_the_end_of_the_phase(made, tmp_path):

@@ -15,8 +15,7 @@ from .slimflow import SlimFlow
 from .trainer import Trainer
 
 __all__ = [
-    "DMD2", "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "PhasedDMD",
-    "Prediction",
+    "DMD2", "Config", "Denoiser", "Expert", "Grid", "Host", "Method", "PairStore", "PhasedDMD", "Prediction",
     "RectifiedFlow", "Run", "Setup", "SlimFlow", "Trainer", "export", "export_lora", "make_pairs", "methods",
     "resume", "start",
 ]  # fmt: skip
