@@ -74,6 +74,15 @@ def turn(run, name):
     return batch
 
 
+def fit_and_save(settings, file):
+    """Trains, and saves the weights of all roles: for processes that train together."""
+    run = start(settings)
+    run.trainer.fit()
+    if run.trainer.accelerator.is_main_process:
+        torch.save({name: dict(zip(role.keys, role.parameters, strict=True))
+                    for name, role in run.trainer.roles.items()}, file)  # fmt: skip
+
+
 def gradients(role):
     return [None if p.grad is None else p.grad.clone() for p in role.parameters]
 
@@ -384,14 +393,7 @@ def test_two_processes_make_the_course_of_one(made, tmp_path, changes):
     one.trainer.fit()
     second = merge({**asdict(settings), "run": str(tmp_path / "two")})
 
-    def work():
-        two = start(second)
-        two.trainer.fit()
-        if two.trainer.accelerator.is_main_process:
-            torch.save({name: dict(zip(role.keys, role.parameters, strict=True))
-                        for name, role in two.trainer.roles.items()}, tmp_path / "two.pt")  # fmt: skip
-
-    together(work)
+    together(fit_and_save, second, tmp_path / "two.pt")
     found = torch.load(tmp_path / "two.pt")
     for name, role in one.trainer.roles.items():
         for key, p in zip(role.keys, role.parameters, strict=True):

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from forking import forked, together
+from forking import begun, together
 from torchvision.utils import save_image
 
 from diffaccel import cli, zoo
@@ -173,7 +173,7 @@ def test_parts_without_their_settings_are_refused(run, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_record(run, tmp_path):
     whole, _ = evaluate(run, tmp_path / "a", "--n", 24)
     words = ("eval", DIT, "--accel", "reuse", *FAST, "--n", 24, "--out", tmp_path / "b")
-    killed = forked(lambda: cli.main([str(word) for word in words]))
+    killed = begun(cli.main, [str(word) for word in words])
     deadline = time.monotonic() + 100
     while not list((tmp_path / "b").glob("parts/part-*")):
         assert time.monotonic() < deadline and killed.is_alive()
@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_to_the_same_record(run, tmp_path):
 def test_two_processes_give_the_numbers_of_one(run, tmp_path):
     evaluate(run, tmp_path / "a")
     words = ("eval", DIT, "--accel", "reuse", *FAST, "--out", tmp_path / "b")
-    together(lambda: cli.main([str(word) for word in words]))
+    together(cli.main, [str(word) for word in words])
     ours, theirs = (json.loads((tmp_path / name / "eval.json").read_text()) for name in "ab")
     for a, b in zip(ours["rows"], theirs["rows"], strict=True):
         assert a["scores"]["fid"]["value"] == pytest.approx(b["scores"]["fid"]["value"], rel=1e-9)

@@ -361,7 +361,8 @@ def test_nonfinite_loss_stops(folder, tmp_path):
     trainer = train.start(settings("vae", folder), tmp_path)
     torch.nn.init.constant_(trainer.parameters[0], float("nan"))
     with pytest.raises(DiffaccelError, match="the loss is nan"):
-        trainer.step()
+        trainer.fit(stop=4, quiet=True)
+    assert not checkpoint.find(tmp_path)
 
 
 def test_interrupt_saves(folder, tmp_path):

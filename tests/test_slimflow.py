@@ -195,7 +195,7 @@ def test_mirrored_pairs():
     plain = flow_loss(network, x0, noise, t, coupling="paired")
     assert torch.allclose(flow_loss(network, mirrored_x0, mirrored, t, coupling="paired"), plain, atol=1e-6)
     halves = flow_loss(network, mirrored_x0, noise, t, coupling="paired")
-    assert (halves - plain)[flags].abs().min() > 1e-3, "a sample alone must not be mirrored"
+    assert (halves - plain)[flags].abs().median() > 0.01 * plain.mean(), "a sample alone must not be mirrored"
     assert torch.equal(*flip(flags, *flip(flags, x0)), x0)
 
 

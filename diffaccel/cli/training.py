@@ -67,11 +67,8 @@ def _train(run: Run, minutes: float | None, quiet: bool) -> str:
     with silence([]):
         validation = Validation(run) if config.eval_count else None
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    measured = trainer.images
 
     def validate() -> dict[str, Any]:
-        nonlocal measured
-        measured = trainer.images
         assert validation is not None
         with silence([]):
             record = validation()
@@ -84,10 +81,6 @@ def _train(run: Run, minutes: float | None, quiet: bool) -> str:
             halt=lambda: bool(interrupted) or (until is not None and time.monotonic() > until),
             validate=None if validation is None else validate, show=show,
         )  # fmt: skip
-    if validation is not None and trainer.images > measured:
-        trainer.log(validate())
-        if main:
-            _write(run, validation, {})
     trainer.accelerator.end_training()
     return f"{outcome} after {trainer.images} images: {run.folder}"
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "find", "load", "save"]
 
 FOLDER, STATE = "checkpoints", "trainer.json"
+_DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, EOFError, UnpicklingError)
+"""What PyTorch and accelerate raise for files that are not what they were."""
 
 
 class CheckpointError(DiffaccelError, ValueError):
@@ -57,8 +60,12 @@ def save(trainer: "Trainer", keep: int) -> Path:
         raise CheckpointError(f"cannot write the checkpoint {str(final)!r}: {error}; {last}") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
+        older = final.with_name(f".{final.name}.old")
+        shutil.rmtree(older, ignore_errors=True)
+        if final.exists():
+            os.replace(final, older)
         os.replace(temporary, final)
+        shutil.rmtree(older, ignore_errors=True)
         for old in find(trainer.run)[keep:]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -82,7 +89,7 @@ def load(trainer: "Trainer", folder: Path) -> None:
         trainer.accelerator.load_state(str(folder), strict=not trainer.partial)
         trainer.load_tensors({file.stem: load_file(file) for file in folder.glob("*.safetensors")
                               if not file.name.startswith("model")})  # fmt: skip
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, SafetensorError) as error:
+    except (*_DAMAGED, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"damaged checkpoint {str(folder)!r}: {type(error).__name__}: {reason}"

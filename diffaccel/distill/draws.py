@@ -57,4 +57,7 @@ class Draws:
         return self._stack(drawn)
 
     def _stack(self, parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts).to(self.device)
+        stacked = torch.stack(parts)
+        if self.device.type == "cuda":  # a copy from pageable memory would wait for the device
+            return stacked.pin_memory().to(self.device, non_blocking=True)
+        return stacked.to(self.device)

@@ -85,6 +85,7 @@ class Host:
         self.options = {"num_inference_steps": steps, **arguments_of(pipe, options or {})}
         if steps < 2:
             raise UnsupportedPipeline(f"this {type(pipe).__name__} makes one step only")
+        self._values: dict[tuple[type, Any], Any] = {}
         self._numbers: dict[Any, int] = {}
         self._known: Inputs | None = None
         call = unguided(self.pipe, [self.any_condition] * 2, self.options)
@@ -117,7 +118,10 @@ class Host:
         Raises:
             OptionError: If the pipeline does not take such a condition.
         """
-        wanted = [condition_of(self.pipe, condition) for condition in conditions]
+        for condition in conditions:
+            if (key := (type(condition), condition)) not in self._values:
+                self._values[key] = condition_of(self.pipe, condition)
+        wanted = [self._values[type(condition), condition] for condition in conditions]
         fresh = [condition for condition in dict.fromkeys(wanted) if condition not in self._numbers]
         if fresh:
             if len(self._numbers) + len(fresh) > _LIMIT:

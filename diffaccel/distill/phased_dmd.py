@@ -44,7 +44,8 @@ class PhasedDMD(DistributionMatching):
         switches: The K - 1 falling times, between those of the student's steps, down to which an expert is
             called; none for equal numbers of steps.
         transition: The student's steps: "euler" or "fresh", which is also how it has to be sampled.
-        interval: The times of scores: from s to the noise, "nested", or to where the expert begins, "disjoint".
+        interval: The times of scores: from s to pure noise, "nested", or to where the expert begins,
+            "disjoint".
         margin: The least distance of these times from s, as a part of the network's range.
         weight: The weight of the fake score's loss: "clamp", "eps" or "none", see `subinterval_weight`. At
             s = 0 the first one weighs times of little noise less, unlike plain DMD.
@@ -188,14 +189,12 @@ def _starts(times: Sequence[float], phases: int, limits: list[float]) -> list[in
     if len(limits) != phases - 1:
         raise OptionError(f"{phases} phases with the switches {limits}; expected {phases - 1}")
     if not all(a > b for a, b in itertools.pairwise([1.0, *limits, 0.0])):
-        raise OptionError(
-            f"the switches {limits} are not in order; expected times that fall, between 1 and 0"
-        )
+        raise OptionError(f"the switches {limits} are not in order; expected falling ones between 1 and 0")
     for limit, time in itertools.product(limits, times):
         if math.isclose(limit, time, rel_tol=_NEAR):
             raise OptionError(
-                f"the switch {limit:g} is at the step {time:g}, where >= is decided by rounding; expected one "
-                f"between the steps {[round(t, 6) for t in times]}"
+                f"the switch {limit:g} is at the step {time:g}, where rounding decides which expert makes "
+                f"it; expected one between the steps {[round(t, 6) for t in times]}"
             )
     starts = [sum(time > limit for time in times) for limit in limits]
     if not all(a < b for a, b in itertools.pairwise([0, *starts, len(times)])):

@@ -31,6 +31,8 @@ class Role:
                  averages: bool = True) -> None:  # fmt: skip
         self.name, self.denoiser, self._accelerator = name, denoiser, accelerator
         self.images = self.updates = 0
+        self.finite = True
+        """Whether the last gradient was."""
         network = denoiser.network
         network.eval()  # dropout, also that of labels (DiT), would have the student learn something else
         adapter = denoiser.adapter
@@ -46,7 +48,7 @@ class Role:
         self.average: EMAModel | None = None
         if config.ema_images and averages:
             decay = 0.5 ** (config.batch / config.ema_images)
-            self.average = EMAModel(self.parameters, decay=decay, min_decay=decay)
+            self.average = EMAModel(self.parameters, decay=decay, min_decay=decay, foreach=True)
 
     @property
     def network(self) -> nn.Module:
@@ -82,6 +84,7 @@ class Role:
         found = self._accelerator.clip_grad_norm_(self.parameters, clip or float("inf"))
         norm = torch.as_tensor(0.0 if found is None else found)
         finite = bool(torch.isfinite(norm))  # the one number an update that is read from the device
+        self.finite = finite
         if finite or self._accelerator.scaler is not None:  # that leaves them out itself
             self.optimizer.step()
         if finite:

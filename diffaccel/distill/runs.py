@@ -29,6 +29,7 @@ from .method import Method, Setup
 from .pair_store import PairStore
 from .students import prune, student_like
 from .trainer import Trainer
+from .units import Units
 
 __all__ = ["Run", "export_run", "guidance_of", "read_config", "resume", "start"]
 
@@ -268,7 +269,21 @@ def _student(config: Config, host: Host) -> Any:
     network: Any = getattr(other, host.component, None)
     if not isinstance(network, nn.Module) or Host(other).shape != host.shape:
         raise ModelError(f"{config.student!r} has no {host.component!r} for samples {host.shape}")
+    there = Host(other)
+    network = there.network  # of two by noise level, both
+    if type(network) is not type(host.network) or not _agree(there.units, host.units):
+        raise ModelError(
+            f"{config.student!r} has a {type(network).__name__} of other levels of noise, or of another "
+            f"prediction, than the {type(host.network).__name__} of {config.teacher!r}"
+        )
     return network.requires_grad_(True)
+
+
+def _agree(first: Units, second: Units) -> bool:
+    """Returns whether two networks of these units make the same of what they predict."""
+    t = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
+    levels = zip(first.level(1 - t, t), second.level(1 - t, t), strict=True)
+    return all(torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6) for a, b in levels)
 
 
 def _write(config: Config, folder: Path) -> None:

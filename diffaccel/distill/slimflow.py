@@ -245,6 +245,8 @@ class SlimFlow(Method):
         super().begin(setup)
         if setup.student.adapter is not None:
             raise OptionError("slimflow trains students of their own weights; set lora_rank=0")
+        if self.mirror and len(setup.host.shape) < 3:
+            raise OptionError(f"mirror=true needs samples with a width, not {setup.host.shape}")
         self._l2 = distance_for(setup, "l2", self.perceptual)
         self._distance = distance_for(setup, self.premetric, self.perceptual)
         self._flow_images = round((1 - self.distill_part) * setup.images)

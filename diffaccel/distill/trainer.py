@@ -84,7 +84,7 @@ class Trainer:
             for batch, weight, last in self._parts(role):
                 self._backward(role, batch, weight, last)
             norm = role.step(lr * self.method.rate(turn), self.config.clip, self.config.batch)
-            self._note(turn, norm)
+            self._note(role, norm)
         self.step += 1
 
     def _enter(self, phase: int) -> None:
@@ -116,8 +116,8 @@ class Trainer:
         for name, term in terms.items():
             self._losses.setdefault(f"{role.name}/{name}", []).append(weight * term.detach())
 
-    def _note(self, turn: str, norm: Tensor) -> None:
-        finite = bool(torch.isfinite(norm))
+    def _note(self, role: Role, norm: Tensor) -> None:
+        turn, finite = role.name, role.finite
         self._losses.setdefault(f"{turn}/gradient", []).append(norm if finite else torch.zeros_like(norm))
         self._bad = 0 if finite else self._bad + 1
         self.skipped += not finite
@@ -144,6 +144,8 @@ class Trainer:
         config, saved = self.config, time.monotonic()
         end = min(config.images, stop or config.images)
         self._logged, self._since = self.images, saved
+        self._losses.clear()
+        measured = self.images
         while self.images < end:
             before = self.images
             self.update()
@@ -153,6 +155,7 @@ class Trainer:
             if validate is not None and before // config.eval_images < self.images // config.eval_images:
                 began = time.monotonic()
                 self.log(validate())
+                measured = self.images
                 self._since += time.monotonic() - began
             checkpoints.keep_raw(self, config.keep_images)
             now = time.monotonic()
@@ -161,6 +164,9 @@ class Trainer:
                 saved = now
             if self._agreed(halt()):
                 break
+        self.seconds += time.monotonic() - self._since
+        if validate is not None and self.images > measured:  # an export has the checkpoint's figures
+            self.log(validate())
         checkpoints.save(self, config.keep_last)
         return "complete" if self.images >= config.images else "stopped"
 
@@ -191,7 +197,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             with (self.run / "log.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"images": self.images, **record}) + "\n")
-        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        flat = {**record, **record.get("validation", {})}
+        numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=self.images)
 
     def state_dict(self) -> dict[str, Any]:

@@ -105,15 +105,16 @@ class TableUnits(Units):
     """
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
-        squared = alphas_cumprod.detach().cpu().double()
+        squared = alphas_cumprod.detach().cpu().double().clamp_min(2.0**-24)  # as diffusers has it
         self.log_ratios = 0.5 * ((1 - squared) / squared).log()  # rises with the timestep
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise UnsupportedScheduler(f"prediction_type {prediction_type!r} has no table of betas")
         self.prediction_type = prediction_type
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def level(self, alpha: Tensor, sigma: Tensor) -> Level:
         """Returns the level, with a timestep between 0 and T - 1."""
-        table = self.log_ratios.to(alpha.device, alpha.dtype)
+        table = self._table(alpha)
         wanted = (sigma / alpha).log()
         place = wanted.clamp(table[0], table[-1])
         after = torch.searchsorted(table, place).clamp(1, len(table) - 1)
@@ -128,10 +129,16 @@ class TableUnits(Units):
 
     def time(self, part: Tensor) -> Tensor:
         """Returns the time at the timestep part (T - 1), which may be broken."""
-        table = self.log_ratios.to(part.device, part.dtype)
+        table = self._table(part)
         place = part * (len(table) - 1)
         before = place.long().clamp(0, len(table) - 2)
         return torch.sigmoid(table[before] + (place - before) * (table[before + 1] - table[before]))
+
+    def _table(self, like: Tensor) -> Tensor:
+        place = (like.device, like.dtype)
+        if place not in self._copies:  # a copy at each evaluation would wait for the device
+            self._copies[place] = self.log_ratios.to(*place)
+        return self._copies[place]
 
 
 class EDMUnits(Units):

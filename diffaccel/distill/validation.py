@@ -87,21 +87,22 @@ class Validation:
                 images = self._sample(pipe, steps, len(self.conditions) or run.config.eval_count,
                                       guidance_of(run.pipe))  # fmt: skip
                 self.shown[f"{steps} steps"] = images[:SHOWN]
-                health = examine(images, self.conditions)
+                health = examine(images[:TEACHER], self.conditions[:TEACHER])  # as many as of the teacher
                 record |= {f"{name}/{steps}": value for name, value in health.to_dict().items()}
                 signs += [f"{steps} steps: {sign}" for sign in health.signs(teacher)]
                 if self.extractor is not None and self.reference is not None:
                     features = collect(open_images(as_bytes(images)), self.extractor)
-                    record[f"fid/{steps}"] = features.frechet(self.reference.reference).distance
+                    record[f"fid/{steps}"] = self.reference.reference.distance(features.gaussian)
         return {"validation": record, "signs": signs}
 
     def _of_teacher(self) -> Health:
         """Returns the health of the teacher's own images, which are made once."""
         if self._teacher is None:
             store = self.run.store
-            images = self._sample(
-                self.run.pipe, int(store.settings.get("steps", 50)), TEACHER, store.guidance
-            )
+            teacher = sibling(self.run.pipe)
+            teacher.set_progress_bar_config(disable=True)
+            with self.run.method.setup.teacher.active():  # a LoRA student shares its network
+                images = self._sample(teacher, int(store.settings.get("steps", 50)), TEACHER, store.guidance)
             self.shown["teacher"] = images[:SHOWN]
             self._teacher = examine(images, self.conditions[:TEACHER])
         return self._teacher

@@ -50,7 +50,7 @@ def read_idx(file: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def paint(grey: Tensor, colors: Tensor) -> Tensor:
     """Multiplies grey images of shape (B, 32, 32) in bytes by their colors; (B, 3, 32, 32) in [-1, 1]."""
-    factors = torch.tensor([(1.0, 1.0, 1.0), *COLORS.values()])[colors]
+    factors = torch.tensor([(1.0, 1.0, 1.0), *COLORS.values()], device=colors.device)[colors]
     return grey[:, None].float() / 127.5 * factors[:, :, None, None] - 1
 
 

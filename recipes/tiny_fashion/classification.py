@@ -28,7 +28,7 @@ class Classification(Objective):
     """
 
     def __init__(self, vae: AutoencoderKL, bf16: bool) -> None:
-        self.vae, self.bf16 = vae.requires_grad_(False), bf16
+        self.vae, self.bf16 = vae.requires_grad_(False).to(torch.get_default_device()), bf16
 
     def loss(self, networks: Networks, batch: Batch, generator: torch.Generator) -> Tensor:
         """Returns the loss, by the batch normalization of the batch."""
@@ -56,7 +56,7 @@ class Classification(Objective):
         return {"loss": loss, **{name: hits.float().mean().item() for name, hits in right.items()}}
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def _decoded(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from recipes.tiny_fashion.data import DEBIAN_FOLDER
 __all__ = ["TARGETS", "Config", "merge", "read"]
 
 TARGETS = ("unet", "dit", "mar", "vae", "decoder", "classifier")
-FIXED = ("target", "init", "seed", "vae")  # without meaning once a run has begun
+FIXED = ("target", "init", "seed", "vae", "device")  # without meaning once a run has begun
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Config:
     null: float = 0.1  # the part of the images without a caption or label
     bf16: bool = True  # matrix products and convolutions in bfloat16
     threads: int = 1
+    device: str = "cpu"
+    cuda_graph: bool = False  # replay a step as one CUDA graph: steps of small networks are mostly launches
     seed: int = 0
     log_images: int = 2_000  # between two records of the training loss
     eval_images: int = 50_000  # between two records of the held-out loss
@@ -56,6 +58,8 @@ class Config:
         for name in ("images", "batch", "lr", "clip", "threads", "log_images", "eval_images", "eval_size"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.cuda_graph and not self.device.startswith("cuda"):
+            raise OptionError(f"cuda_graph is for device=cuda, not {self.device}")
         for name in ("final_lr", "flat", "null"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be between 0 and 1, not {getattr(self, name)}")

@@ -28,6 +28,10 @@ class Fashion:
     grey: Tensor
     kinds: Tensor
 
+    def to(self, device: torch.device) -> "Fashion":
+        """Returns the split on a device."""
+        return Fashion(self.grey.to(device), self.kinds.to(device))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -85,19 +89,20 @@ class Stream:
 
     def __init__(self, data: Fashion, generator: torch.Generator, flip: bool = False) -> None:
         self.data, self.generator, self.flip = data, generator, flip
-        self.order = torch.empty(0, dtype=torch.int64)  # what is left of this pass
+        self.order = torch.empty(0, dtype=torch.int64, device=data.grey.device)  # what is left of this pass
 
     def next(self, n: int) -> Batch:
         """Draws ``n`` images; half of them keep their grey values, and name no color."""
         while len(self.order) < n:
-            again = torch.randperm(len(self.data.grey), generator=self.generator)
+            again = torch.randperm(len(self.data.grey), generator=self.generator, device=self.order.device)
             self.order = torch.cat([self.order, again])
         chosen, self.order = self.order[:n], self.order[n:]
-        colors = torch.randint(1, 1 + len(COLORS), (n,), generator=self.generator)
-        colors *= torch.rand(n, generator=self.generator) < 0.5
+        device = self.order.device
+        colors = torch.randint(1, 1 + len(COLORS), (n,), generator=self.generator, device=device)
+        colors *= torch.rand(n, generator=self.generator, device=device) < 0.5
         images = paint(self.data.grey[chosen], colors)
         if self.flip:
-            mirrored = torch.rand(n, generator=self.generator) < 0.5
+            mirrored = torch.rand(n, generator=self.generator, device=device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         return Batch(images, self.data.kinds[chosen], colors)
 
@@ -107,11 +112,10 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Returns to a saved position."""
-        self.order = state["order"].clone()
+        self.order = state["order"].to(self.order.device, copy=True)
 
 
 def held_out(data: Fashion, n: int) -> Batch:
     """Returns the first ``n`` images of a split in fixed colors."""
-    return Stream(Fashion(data.grey[:n], data.kinds[:n]), torch.Generator().manual_seed(0)).next(
-        min(n, len(data.grey))
-    )
+    few = Fashion(data.grey[:n], data.kinds[:n])
+    return Stream(few, torch.Generator(data.grey.device).manual_seed(0)).next(min(n, len(data.grey)))

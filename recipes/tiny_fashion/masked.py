@@ -45,7 +45,7 @@ class MaskedTokens(Latents):
     def held_out(self, networks: Networks, batch: Batch) -> dict[str, float]:
         """Returns the error at each of ``RATIOS`` and ``LEVELS``, with fixed noise, and their mean."""
         network = networks["transformer"]
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
         tokens = network.patchify(self.encode(batch.images))
         order = torch.rand(tokens.shape[:2], generator=generator).argsort(1)
         result = {}
@@ -78,5 +78,6 @@ class MaskedTokens(Latents):
     @contextlib.contextmanager
     def _faster(self) -> Iterator[None]:
         """Computes in bfloat16, and without the fused attention, whose backward pass is slow on a CPU."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16), sdpa_kernel(SDPBackend.MATH):
+        device = torch.get_default_device().type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16), sdpa_kernel(SDPBackend.MATH):
             yield

@@ -1,4 +1,4 @@
-r"""What is minimised, and what is measured on held-out images.
+r"""What is minimised, and what is measured on held-out images, on PyTorch's default device.
 
 Denoisers see :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` of latents :math:`x_0`.
 
@@ -48,12 +48,13 @@ class Latents(Objective):
     """
 
     def __init__(self, vae: AutoencoderKL, null: float, bf16: bool) -> None:
-        self.vae, self.null, self.bf16 = vae.requires_grad_(False), null, bf16
+        self.vae = vae.requires_grad_(False).to(torch.get_default_device())
+        self.null, self.bf16 = null, bf16
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Returns scaled latents: a sample of the posterior, or its mean without a generator."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=self.bf16):
             posterior = self.vae.encode(images).latent_dist
         x0 = posterior.mean.float()
         if generator is not None:
@@ -103,7 +104,7 @@ class Denoising(Latents):
     def held_out(self, networks: Networks, batch: Batch) -> dict[str, float]:
         """Returns the unweighted squared error at each of ``LEVELS``, with fixed noise, and their mean."""
         n = len(batch.images)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(0)
         wording = torch.full((n,), len(TEMPLATES) - 1)
         condition = self.condition(batch, torch.zeros(n, dtype=torch.bool), wording)
         x0 = self.encode(batch.images)
@@ -116,7 +117,7 @@ class Denoising(Latents):
 
     def _errors(self, networks: Networks, x0: Tensor, noise: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         alpha_t, sigma_t = (part[:, None, None, None] for part in self.path(t))
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=self.bf16):
             output = self.predict(networks, alpha_t * x0 + sigma_t * noise, t, condition)
         return (output.float() - self.target(x0, noise)).square().mean((1, 2, 3))
 
@@ -126,7 +127,7 @@ class Epsilon(Denoising):
 
     def __init__(self, vae: AutoencoderKL, null: float, bf16: bool) -> None:
         super().__init__(vae, null, bf16)
-        self.alpha2 = ddim().alphas_cumprod
+        self.alpha2 = ddim().alphas_cumprod.to(torch.get_default_device())
         words = tokenizer()([*CAPTIONS, ""], padding="max_length", truncation=True)
         self.tokens = torch.tensor(words.input_ids)
 
@@ -217,7 +218,7 @@ class Reconstruction(Objective):
         self, networks: Networks, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         vae = networks["vae"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=self.bf16):
             posterior = vae.encode(images).latent_dist
             latents = posterior.mean.float()
             if generator is not None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -14,14 +15,18 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from diffaccel.errors import DiffaccelError, ModelError
 from recipes.tiny_fashion import checkpoint, data, models, objectives
 from recipes.tiny_fashion.config import Config
+from recipes.tiny_fashion.graph import StepGraph
 
 __all__ = ["Trainer", "resume", "start"]
 
 BETAS = (0.9, 0.99)
+SHOWN = 10
+"""Steps between two updates of the progress."""
 
 
 class Trainer:
@@ -35,47 +40,66 @@ class Trainer:
 
     def __init__(self, config: Config, run: Path, state: dict[str, Any] | None = None) -> None:
         torch.set_num_threads(config.threads)
-        self.config, self.run = config, run
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.config, self.run, self.device = config, run, torch.device(config.device)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
         flip = config.target in ("vae", "decoder", "classifier")
-        self.stream = data.Stream(data.load("train", config.data), self.generator, flip)
-        self.test = data.held_out(data.load("test", config.data), config.eval_size)
-        self.objective = objectives.build(config)
+        train, test = (data.load(split, config.data).to(self.device) for split in ("train", "test"))
+        self.stream = data.Stream(train, self.generator, flip)
+        self.test = data.held_out(test, config.eval_size)
         first = config if state is None else dataclasses.replace(config, init="scratch")
-        self.networks = models.build(first)
+        self.networks = {name: net.to(self.device) for name, net in models.build(first).items()}
+        with self.device:
+            self.objective = objectives.build(config)
         self.average = {name: copy.deepcopy(net).requires_grad_(False) for name, net in self.networks.items()}
         self.parameters = [p for net in self.networks.values() for p in net.parameters() if p.requires_grad]
+        captured = config.cuda_graph
+        self.lr = torch.tensor(config.lr, device=self.device) if captured else config.lr
+        self.weight = torch.zeros((), device=self.device) if captured else 0.0
+        """The new weights' part of the average."""
         self.optimizer = torch.optim.AdamW(
-            self.parameters, config.lr, betas=BETAS, weight_decay=config.weight_decay
+            self.parameters, self.lr, betas=BETAS, weight_decay=config.weight_decay, capturable=captured
         )
         self.images = 0
-        self.losses: list[float] = []  # since the last record
+        self.losses: list[Tensor] = []  # since the last record
         if state is not None:
             self.load_state_dict(state)
+        self._graph: StepGraph | None = None
 
-    def step(self) -> float:
-        """Makes one update of the networks and of their average, and returns the loss."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate(self.images)
-        loss = self.objective.loss(self.networks, self.stream.next(config.batch), self.generator)
-        if not torch.isfinite(loss):
-            raise DiffaccelError(f"the loss is {loss.item()} after {self.images} images; try a smaller lr")
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        self.optimizer.step()
-        self.images += config.batch
-        self._update_average()
-        return loss.item()
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
+    def step(self) -> Tensor:
+        """Makes one update of the networks and of their average, and returns the loss, of shape ()."""
         config = self.config
         half_life = float(config.ema_images)
         if config.init == "scratch":  # forget the random beginning sooner
-            half_life = min(half_life, 0.05 * self.images)
+            half_life = min(half_life, 0.05 * (self.images + config.batch))
         weight = 1 - 0.5 ** (config.batch / half_life) if half_life else 1.0
+        lr = config.learning_rate(self.images)
+        if isinstance(self.lr, Tensor) and isinstance(self.weight, Tensor):  # what the graph reads
+            self.lr.fill_(lr)
+            self.weight.fill_(weight)
+        else:
+            self.lr, self.weight = lr, weight
+        with self.device:
+            batch = self.stream.next(config.batch)
+            if config.cuda_graph and self._graph is None:
+                self._graph = StepGraph(self, batch)
+            loss = self.update(batch) if self._graph is None else self._graph(batch)
+        self.images += config.batch
+        return loss
+
+    def update(self, batch: data.Batch) -> Tensor:
+        """Makes an update with a batch, and returns the loss, of shape ()."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        loss = self.objective.loss(self.networks, batch, self.generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        self.optimizer.step()
+        self._update_average(self.weight)
+        return loss.detach()
+
+    @torch.no_grad()
+    def _update_average(self, weight: float | Tensor) -> None:
         for name, network in self.networks.items():
             for averaged, current in zip(self.average[name].parameters(), network.parameters(), strict=True):
                 if current.requires_grad:
@@ -132,7 +156,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "stream": self.stream.state_dict(),
-            "losses": list(self.losses),
+            "losses": [loss.item() for loss in self.losses],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,23 +167,35 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.stream.load_state_dict(state["stream"])
-        self.images, self.losses = state["images"], list(state["losses"])
+        self.images = state["images"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
 
     def save(self) -> Path:
-        """Writes a checkpoint and the settings."""
+        """Writes a checkpoint and the settings.
+
+        Raises:
+            DiffaccelError: If a loss since the last record is not finite.
+        """
+        self._mean_loss()
         settings = {**dataclasses.asdict(self.config), "trained_images": self.images}
         checkpoint.replace_text(self.run / "config.json", json.dumps(settings, indent=2) + "\n")
         return checkpoint.write(self.state_dict(), self.run, self.images)
 
     def _log_loss(self, speed: float) -> None:
-        mean = sum(self.losses) / len(self.losses)
-        self._log(
-            {"loss": mean, "lr": self.config.learning_rate(self.images), "images_per_s": round(speed, 1)}
-        )
+        lr = self.config.learning_rate(self.images)
+        self._log({"loss": self._mean_loss(), "lr": lr, "images_per_s": round(speed, 1)})
         self.losses.clear()
 
+    def _mean_loss(self) -> float:
+        """Returns the mean loss since the last record; it is read here only, as that waits for the device."""
+        mean = torch.stack(self.losses).double().mean().item() if self.losses else 0.0
+        if not math.isfinite(mean):
+            raise DiffaccelError(f"the loss is {mean} within {self.images} images; try a smaller lr")
+        return mean
+
     def _measure(self) -> None:
-        self._log({"held_out": self.objective.held_out(self.average, self.test)})
+        with self.device:
+            self._log({"held_out": self.objective.held_out(self.average, self.test)})
 
     def _log(self, record: dict[str, Any]) -> None:
         with (self.run / "log.jsonl").open("a", encoding="utf-8") as stream:
@@ -171,12 +207,11 @@ class Trainer:
         shown = TextColumn("loss {task.fields[loss]:.4f} {task.fields[speed]:.0f} img/s ETA")
         with Progress(*columns, shown, TimeRemainingColumn(), disable=quiet) as progress:
             task = progress.add_task(self.config.target, total=self.config.images, loss=0.0, speed=0.0)
-            smooth: list[float] = []
 
             def show(speed: float) -> None:
-                loss = self.losses[-1]
-                smooth[:] = [0.98 * smooth[0] + 0.02 * loss] if smooth else [loss]
-                progress.update(task, completed=self.images, loss=smooth[0], speed=speed)
+                if not quiet and len(self.losses) % SHOWN == 0:
+                    mean = torch.stack(self.losses[-SHOWN:]).mean().item()  # waits for the device
+                    progress.update(task, completed=self.images, loss=mean, speed=speed)
 
             yield show
 
