@@ -20,7 +20,7 @@ from .grid import fixed_grid
 from .health import Health, examine
 from .method import Method
 from .runs import Run, guidance_of
-from .trial import with_network
+from .trial import with_network, with_parts
 
 __all__ = ["Validation", "student_pipe"]
 
@@ -99,8 +99,7 @@ class Validation:
         """Returns the health of the teacher's own images, which are made once."""
         if self._teacher is None:
             store = self.run.store
-            teacher = sibling(self.run.pipe)
-            teacher.set_progress_bar_config(disable=True)
+            teacher = with_parts(self.run.pipe)
             with self.run.method.setup.teacher.active():  # a LoRA student shares its network
                 images = self._sample(teacher, int(store.settings.get("steps", 50)), TEACHER, store.guidance)
             self.shown["teacher"] = images[:SHOWN]
