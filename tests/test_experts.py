@@ -16,8 +16,10 @@ from diffaccel.distill import Denoiser, Grid, Host, export, export_lora
 from diffaccel.distill.adapters import add_lora, lora_parameters, merged, using
 from diffaccel.distill.assembly import averaged, check_grids, joined, timestep_of
 from diffaccel.distill.config import merge
+from diffaccel.distill.data import Batch
+from diffaccel.distill.draws import Draws
 from diffaccel.distill.grid import fixed_grid
-from diffaccel.distill.method import Expert, Method
+from diffaccel.distill.method import Expert, Method, Setup, method_of
 from diffaccel.distill.pairs import make_pairs
 from diffaccel.distill.runs import export_run, start
 from diffaccel.distill.students import student_like
@@ -354,6 +356,30 @@ def test_a_teacher_split_over_noise():
     assert len(list(copied.parameters())) == 2 * len(list(pipe.transformer.parameters()))
 
 
+def test_a_student_of_a_teacher_split_over_noise(tmp_path):
+    """Distribution matching on Wan 2.2: both networks learn, and leave in their places."""
+    pipe = fresh("wan22")
+    host = Host(pipe, call_of("wan22"))
+    student = copy.deepcopy(host.network).requires_grad_(True)
+    method = method_of("dmd2", {"ratio": 1, "times": (0.95, 0.5)})
+    method.begin(Setup(host, Denoiser.of(host), Denoiser(student, host.units), 2.0, 8, (2,)))
+    x0, noise = torch.randn(2, 4, *host.shape, generator=torch.Generator().manual_seed(0))
+    for turn, network in method.networks.items():
+        for images in range(0, 32, 8):  # either step of the student, times above and below the boundary
+            batch = Batch(x0, noise, host.encode(["a", "b", "c", "d"]), Draws(0, range(4), turn), images)
+            sum(method.loss(turn, batch).values()).backward()
+        for part in network.network.networks:
+            assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.01)
+    folder = export(student, pipe, "transformer", method.grid(2), tmp_path / "it", guidance=1.0, card=CARD,
+                    options=call_of("wan22"), dtype=torch.float32)  # fmt: skip
+    own = reloaded(folder)
+    for part, trained in zip((own.transformer, own.transformer_2), student.networks, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part.parameters(), trained.parameters(), strict=True))
+
+
 def test_several_networks_that_are_not_by_noise():
     pipe = fresh("wan22")
     pipe.register_to_config(boundary_ratio=None)
@@ -452,7 +478,7 @@ def test_phased_dmd_leaves(rank, lora, tmp_path):
 # ---------------------------------------------------------------- the rest of diffaccel and of torch
 
 
-@pytest.mark.parametrize("accel", ["sada", "reuse"])
+@pytest.mark.parametrize("accel", ["sada", "reuse", "apg"])
 def test_accelerated(accel, tmp_path):
     case = Case("flux", 2)  # its network is called by name
     pipe = case.pipeline(joined(case.experts, case.host.units))

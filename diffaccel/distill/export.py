@@ -88,10 +88,8 @@ def export(
         code = ["from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained("{target.name}")']  # fmt: skip
         if own := _own_parts(pipe):  # diffusers loads from imported modules alone
-            code = [
-                f"import diffaccel  # pip install diffaccel: the {' and the '.join(own)} is its own",
-                *code,
-            ]
+            what = f"the {own[0]} is one" if len(own) == 1 else f"{' and '.join(own)} are some"
+            code = [f"import diffaccel  # pip install diffaccel: {what} of its own", *code]
         return load_pipeline(folder, dtype), code, _facts(network, teacher_pipe)
 
     return _publish(trained, network, target, about, dtype, write)

@@ -56,7 +56,7 @@ class ConditionExperts(Routed):
         """Returns in words who does what."""
         what = "adapters of one network" if len(self.networks) == 1 else "networks"
         if self.owners:
-            parts = [", ".join(map(str, own)) for own in self.config["labels"]]
+            parts = [_ranges(own) for own in self.config["labels"]]
             return f"{len(self.members)} {what}, by class: {'; '.join(parts)}"
         return f"{len(self.members)} {what}, by the pooled embedding of the prompt"
 
@@ -82,6 +82,17 @@ class ConditionExperts(Routed):
                     "class: call the pipeline with guidance_scale=1"
                 )
         return [self.owners[label] for label in found]
+
+
+def _ranges(labels: Sequence[int]) -> str:
+    """Returns labels in words, neighbors as a range."""
+    found: list[list[int]] = []
+    for label in sorted(labels):
+        if found and label == found[-1][-1] + 1:
+            found[-1][1:] = [label]
+        else:
+            found.append([label])
+    return ", ".join("-".join(map(str, ends)) for ends in found)
 
 
 def pooled(embedding: Tensor) -> Tensor:
