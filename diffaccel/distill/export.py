@@ -58,7 +58,7 @@ def export(
     its scheduler's configuration (`GUIDANCE_KEY`) say which one to give.
 
     Arguments:
-        student: The student.
+        student: The student; one of several experts is a `NoiseExperts` or `ConditionExperts` of them.
         teacher_pipe: The teacher's pipeline, of which all other components are taken.
         component: The name of the network in the pipeline, as "unet".
         grids: The grids of all numbers of steps that were trained.
@@ -149,6 +149,7 @@ def _experts_writer(student: Routed, trained: Student, about: Card, target: Path
                     dtype: torch.dtype) -> Writer:  # fmt: skip
     """Returns what writes the adapters of experts."""
     kind, component = type(student), trained.component
+    student.check_adapters()
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         student.save_adapters(folder, dtype)

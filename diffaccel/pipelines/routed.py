@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError, OptionError
 from ..files import read_object
 from .rows import take_rows
-from .switching import check_adapter, insert_adapter, using
+from .switching import check_adapter, insert_adapter, peft_library, using
 
 __all__ = ["BUILT", "Member", "Routed", "described"]
 
@@ -131,6 +131,17 @@ class Routed(ModelMixin, ConfigMixin):
                 return found
         return nn.Module.__getattr__(self, name)
 
+    def check_adapters(self) -> None:
+        """Checks that the experts are adapters of one network.
+
+        Raises:
+            OptionError: If they are not.
+        """
+        if len(self.networks) > 1 or not self.config["adapters"]:
+            raise OptionError(
+                "only adapters of one network leave without it; these are networks of their own"
+            )
+
     def save_adapters(self, folder: str | Path, dtype: torch.dtype) -> None:
         """Writes the adapters without their network, for `on`.
 
@@ -141,10 +152,7 @@ class Routed(ModelMixin, ConfigMixin):
         Raises:
             OptionError: If the experts are not adapters of one network.
         """
-        if len(self.networks) > 1 or not self.config["adapters"]:
-            raise OptionError(
-                "only adapters of one network leave without it; these are networks of their own"
-            )
+        self.check_adapters()
         ends = tuple(f".{entry['name']}.weight" for entry in self.config["adapters"])
         state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in self.state_dict().items()
                  if ".lora_" in key and key.endswith(ends)}  # fmt: skip
@@ -263,11 +271,13 @@ def _made(entry: Mapping[str, Any]) -> nn.Module:
 
 
 def _plain(network: Any, name: str) -> dict[str, Any]:
-    """Returns the settings of an adapter that decide its shape and scale."""
-    settings = network.peft_config[name]
-    targets = settings.target_modules
-    return {"r": settings.r, "lora_alpha": settings.lora_alpha,
-            "target_modules": targets if isinstance(targets, str) else sorted(targets)}  # fmt: skip
+    """Returns the settings of an adapter that are not the defaults, plain data."""
+    usual, own = peft_library().LoraConfig().to_dict(), network.peft_config[name].to_dict()
+    kept = {"r", "lora_alpha", "target_modules"}
+    changed = {key: value for key, value in own.items() if key in kept or value != usual.get(key)}
+    for key in ("base_model_name_or_path", "inference_mode", "peft_version"):  # no settings of a LoraConfig
+        changed.pop(key, None)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
 
 
 def _scattered(parts: Sequence[Any], order: Sequence[int]) -> Any:
