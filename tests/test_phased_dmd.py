@@ -349,7 +349,7 @@ def test_gradients_are_those_of_one_jump_to_the_end_of_the_phase(made, tmp_path)
                 x = x + (times[n + 1] - times[n]) * said.velocity
         said = student(x, torch.full((4,), times[step]).double(), batch.inputs)
         x_s = x + (s - times[step]) * said.velocity
-        t = method.law.between(*method._parts(phase, "student"), batch.draws.uniform())
+        t = method.law.between(*method.parts[phase]["student"], batch.draws.uniform())
         assert t.min() > s
         start_level = Levels(*(part.float().view(-1, 1, 1, 1) for part in straight(torch.full_like(t, s))))
         between = transition("flow", start_level, straight(t.float().view(-1, 1, 1, 1)))
