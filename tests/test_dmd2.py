@@ -19,7 +19,7 @@ from diffaccel.distill.grid import Grid, scheduler_for
 from diffaccel.distill.matching import matching_gradient, surrogate
 from diffaccel.distill.pairs import make_pairs
 from diffaccel.distill.runs import export_run, resume, start
-from diffaccel.distill.units import FlowUnits
+from diffaccel.distill.units import EDMUnits, FlowUnits, TableUnits
 from diffaccel.distill.validation import Validation
 from diffaccel.distill.walk import ScoreTimes, walk
 from diffaccel.errors import OptionError
@@ -254,7 +254,7 @@ def test_simulation_is_what_the_scheduler_makes(made, tmp_path, teacher):
     fresh = [torch.randn(2, *host.shape, generator=generator) for _ in range(3)]
     ask = method.ask(method.setup.teacher, inputs)
     found = walk([ask] * 4, method.first(noise), (*grid.times, 0.0), [*fresh, fresh[0]])
-    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3 * float(x.abs().max()))
+    assert (found - x).abs().max() < 1e-5 * x.abs().max()
 
 
 def test_flows_leave_with_a_stock_scheduler():
@@ -272,6 +272,11 @@ def test_score_times():
     parts = torch.linspace(0, 1, 11).double()
     torch.testing.assert_close(law.time(parts), 5 * parts / (1 + 4 * parts))
     assert law.part(5 / 6) == pytest.approx(0.5) and law.part(0.0) == pytest.approx(0)
+    table = TableUnits(torch.linspace(0.999, 0.01, 50), "epsilon")
+    times = ScoreTimes(table).time(parts)
+    torch.testing.assert_close(table.level(1 - times, times).timestep, 49 * parts)
+    edm = EDMUnits(0.5, "epsilon").time(parts)
+    torch.testing.assert_close((edm / (1 - edm))[[0, -1]], torch.tensor([0.002, 80.0]).double())
     drawn = law.between(0.5, 1, torch.rand(1000))
     assert 0.8333 <= drawn.min() and drawn.max() < 1
 

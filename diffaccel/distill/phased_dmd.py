@@ -84,8 +84,10 @@ class PhasedDMD(DistributionMatching):
         self.ends = [self.trained.times[span.stop] for span in self.spans[:-1]] + [0.0]
         """The times s to which the experts go."""
         self.phase = 0
-        for phase in range(self.phases):
-            low, high = self._parts(phase, "student")
+        self.parts = [self._parts_of(phase) for phase in range(self.phases)]
+        """For each phase and turn, the parts of the network's range between which scores are looked at."""
+        for phase, parts in enumerate(self.parts):
+            low, high = parts["student"]
             if low >= high:
                 raise OptionError(
                     f"phase {phase + 1} has no times for scores: from {low:.3g} to {high:.3g} of the range; "
@@ -122,7 +124,7 @@ class PhasedDMD(DistributionMatching):
         first, *fresh, noise = self.noise(batch, step + 2 if self.jumps else 2)
         networks = [self.ask(self._expert(n), inputs) for n in range(step)]
         x = walk(networks, self.first(first), self.trained.times[: step + 1], fresh)
-        t = self.law.between(*self._parts(self.phase, turn), batch.draws.uniform())
+        t = self.law.between(*self.parts[self.phase][turn], batch.draws.uniform())
         now, to = times_like(self.trained.times[step], x), 0.0 if self.jumps else s
         if turn == FAKE:
             with torch.no_grad():
@@ -136,14 +138,11 @@ class PhasedDMD(DistributionMatching):
         gradient = self.gradient(self.real(x_t, t, inputs), fake, said.x0.detach(), to, t)
         return {"matching": surrogate(gradient, x_s)}
 
-    def _parts(self, phase: int, turn: str) -> tuple[float, float]:
-        """Returns the parts of the network's range between which the times of scores lie in a phase."""
+    def _parts_of(self, phase: int) -> dict[str, tuple[float, float]]:
         s, begins = self.ends[phase], self.trained.times[self.spans[phase].start]
         high = self.law.part(begins) if self.interval == "disjoint" and phase else 1.0
         low = self.law.part(s) + self.margin if s else 0.0
-        if turn == FAKE:
-            return low, high
-        return max(low, self.earliest), min(high, self.latest)
+        return {FAKE: (low, high), "student": (max(low, self.earliest), min(high, self.latest))}
 
     def _expert(self, step: int) -> Denoiser:
         """Returns the network that makes a step of the grid."""
