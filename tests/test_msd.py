@@ -134,7 +134,7 @@ def host_of(name):
 
 COLORS = ("red", "blue", "green", "old", "wet")
 THINGS = ("boot", "coat", "dress", "house", "cat", "tree", "sea", "bag")
-PROMPTS = [f"a {color} {thing} {number}" for number in range(5) for color in COLORS for thing in THINGS]
+PROMPTS = [f"a {color} {thing} {number}" for number in range(3) for color in COLORS for thing in THINGS]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
@@ -151,8 +151,7 @@ def test_labels_are_divided(count):
 
 
 @pytest.mark.parametrize(("name", "argument", "count"), [
-    ("sd", "encoder_hidden_states", 4), ("sdxl", "added_cond_kwargs.text_embeds", 2),
-    ("sd3", "pooled_projections", 3),
+    ("sd", "encoder_hidden_states", 4), ("sdxl", "added_cond_kwargs.text_embeds", 3),
 ])  # fmt: skip
 def test_prompts_are_divided(name, argument, count):
     """Disjoint, exhaustive, sizes within 2 %; the saved route is the same, and a function of the prompt."""
