@@ -16,6 +16,7 @@ from diffaccel.distill import Denoiser, Grid, Host, export, export_lora
 from diffaccel.distill.adapters import add_lora, lora_parameters, merged, using
 from diffaccel.distill.assembly import check_grids, joined, timestep_of
 from diffaccel.distill.data import Batch
+from diffaccel.distill.discriminator import middle_of
 from diffaccel.distill.draws import Draws
 from diffaccel.distill.grid import fixed_grid
 from diffaccel.distill.method import Expert, Setup, method_of
@@ -376,6 +377,8 @@ def test_a_student_of_a_teacher_split_over_noise(tmp_path):
 
 
 def test_several_networks_that_are_not_by_noise():
+    with pytest.raises(UnsupportedPipeline, match="features of one network"):
+        middle_of(Host(fresh("wan22"), call_of("wan22")).network)
     pipe = fresh("wan22")
     pipe.register_to_config(boundary_ratio=None)
     with pytest.raises(UnsupportedPipeline, match="several networks: transformer, transformer_2"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPipeline
+from ..pipelines.routed import Routed
 
 __all__ = ["Features", "Head", "middle_of"]
 
@@ -18,8 +19,10 @@ def middle_of(network: nn.Module) -> nn.Module:
     """Returns the block in the middle of a network: that of a U-Net, or of the longest list of blocks.
 
     Raises:
-        UnsupportedPipeline: If it has neither.
+        UnsupportedPipeline: If it has neither, or is several networks in turn.
     """
+    if isinstance(network, Routed):
+        raise UnsupportedPipeline("a discriminator takes features of one network, not of several in turn")
     block = getattr(network, "mid_block", None)
     if isinstance(block, nn.Module):
         return block

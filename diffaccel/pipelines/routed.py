@@ -200,7 +200,7 @@ class Routed(ModelMixin, ConfigMixin):
     @torch.compiler.disable(recursive=False)  # Python decides; the networks are compiled, each by itself
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the networks with the arguments that their class takes, and returns what they return."""
-        places = self.route(args, kwargs)
+        places = self._places(args, kwargs)
         if len(set(places)) == 1:
             return self._call(places[0], args, kwargs)
         parts, order, size = [], [], len(places)
@@ -211,6 +211,10 @@ class Routed(ModelMixin, ConfigMixin):
             parts.append(self._call(place, some, named))
             order += index
         return _scattered(parts, order)
+
+    @torch.compiler.disable
+    def _places(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
+        return self.route(args, kwargs)
 
     def _call(self, place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         number, adapter = self.members[place]
