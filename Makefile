@@ -20,10 +20,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(STAMP)  # docs/zoo.md, docs/guidance-table.md and docs/disa-table.md from benchmarks/*.json
+tables: $(STAMP)  # docs/zoo.md and docs/*-table.md from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
 	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
+	$(BIN)/python benchmarks/students.py tables
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

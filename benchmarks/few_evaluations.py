@@ -54,16 +54,16 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 class Runs:
     """Images of one model by several schedulers, and their scores."""
 
-    def __init__(self, model: str, guidance: float, count: int, batch: int, work: Path) -> None:
+    def __init__(self, model: str, guidance: float, count: int, batch: int, work: Path, device: str) -> None:
         self.model, self.batch, self.count = model, batch, count
         self.work = work / f"{model}-{count}-{guidance}"
         with quiet([]):
-            self.pipe: Any = zoo.load(model)
+            self.pipe: Any = zoo.load(model).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.plain = self.pipe.scheduler
         conditions = default_conditions(model, self.pipe, count)
         self.sampler = Sampler(self.pipe, conditions, 10, guidance, SEED, count)
-        self.extractor = Extractor(protocol("fashion"))
+        self.extractor = Extractor(protocol("fashion"), device)
         images, _ = zoo.reference()
         self.reference = self.statistics(images).reference
         self.fine = torch.from_numpy(self._kept("fine", self._fine)["images"])
@@ -183,15 +183,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("out/few"), help="what is measured")
     arguments = parser.parse_args()
-    runs = Runs(arguments.model, arguments.guidance, arguments.n, arguments.batch, arguments.work)
+    runs = Runs(arguments.model, arguments.guidance, arguments.n, arguments.batch, arguments.work,
+                arguments.device)  # fmt: skip
     rows: list[dict[str, Any]] = []
     for steps in arguments.nfe:
         rows += compare(runs, steps, arguments.file)
         record = {
             "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
-            "rows": rows, "protocol": "fashion", "machine": machine(torch.device("cpu")),
+            "rows": rows, "protocol": "fashion", "machine": machine(torch.device(arguments.device)),
             "versions": versions(),
         }  # fmt: skip
         with whole(FOLDER / f"s3-{arguments.model}.json") as temporary:

@@ -42,10 +42,10 @@ PAIRS = [(TEMPLATES[-1].format(LABELS[a]), TEMPLATES[-1].format(LABELS[10 * colo
 class Runs:
     """Images of each rule, and what the classifier says of them."""
 
-    def __init__(self, count: int, work: Path) -> None:
+    def __init__(self, count: int, work: Path, device: str) -> None:
         self.count, self.work = count, work / f"{MODEL}-{count}"
         with quiet([]):
-            pipe: Any = zoo.load(MODEL)
+            pipe: Any = zoo.load(MODEL).to(device)
         pipe.set_progress_bar_config(disable=True)
         self.pipe = FeynmanKacPipeline.from_pipe(pipe)
 
@@ -103,9 +103,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=120)
     parser.add_argument("--scales", type=float, nargs="+", default=[3.0, 1.5])
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("out/feynman-kac"))
     arguments = parser.parse_args()
-    runs = Runs(arguments.n, arguments.work)
+    runs = Runs(arguments.n, arguments.work, arguments.device)
     rows: list[dict[str, Any]] = []
     for rule in arguments.rules:
         found: list[dict[str, Any]] = [{"task": "product", "rule": rule,
@@ -125,7 +126,7 @@ def main() -> None:
         rows += found
         record = {
             "model": MODEL, "n": arguments.n, "seed": SEED, "steps": STEPS, "rows": rows, "pairs": PAIRS,
-            "machine": machine(torch.device("cpu")), "versions": versions(),
+            "machine": machine(torch.device(arguments.device)), "versions": versions(),
         }  # fmt: skip
         with whole(FOLDER / f"feynman-kac-{MODEL}.json") as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

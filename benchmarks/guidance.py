@@ -58,14 +58,14 @@ METHODS: dict[str, Any] = {
 class Runs:
     """The images of each method and scale, and their scores."""
 
-    def __init__(self, count: int, batch: int, work: Path) -> None:
+    def __init__(self, count: int, batch: int, work: Path, device: str) -> None:
         self.count, self.batch, self.work = count, batch, work / f"{MODEL}-{count}"
         with quiet([]):
-            self.pipe: Any = zoo.load(MODEL)
+            self.pipe: Any = zoo.load(MODEL).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         set_scheduler(self.pipe, "dpm++(timestep_spacing=trailing)")
         self.prompts = zoo.prompts(count, seed=5)
-        self.extractor = Extractor(protocol("fashion"))
+        self.extractor = Extractor(protocol("fashion"), device)
         self.reference = collect(open_images(zoo.reference()[0]), self.extractor, ("features",))
 
     def images(self, method: str, scale: float) -> Tensor:
@@ -110,7 +110,7 @@ class Runs:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measures, and writes the record after each scale."""
-    runs = Runs(arguments.n, arguments.batch, arguments.work)
+    runs = Runs(arguments.n, arguments.batch, arguments.work, arguments.device)
     rows: list[dict[str, Any]] = []
     for scale in arguments.scales:
         for method in METHODS:
@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace) -> None:
             )
         record = {
             "model": MODEL, "n": arguments.n, "seed": SEED, "steps": STEPS, "rows": rows,
-            "protocol": "fashion", "machine": machine(torch.device("cpu")), "versions": versions(),
+            "protocol": "fashion", "machine": machine(torch.device(arguments.device)), "versions": versions(),
         }  # fmt: skip
         with whole(FOLDER / f"guidance-{MODEL}.json") as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("out/guidance"))
     arguments = parser.parse_args()
     if arguments.what == "tables":

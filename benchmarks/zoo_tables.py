@@ -32,7 +32,7 @@ def _is_scheduler(cls: Any) -> bool:
     return isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
 
 
-def measure(model: str, count: int, few: int, work: Path, seed: int) -> dict[str, Any]:
+def measure(model: str, count: int, few: int, work: Path, seed: int, device: str) -> dict[str, Any]:
     """Measures a model, and returns the record.
 
     Arguments:
@@ -41,8 +41,10 @@ def measure(model: str, count: int, few: int, work: Path, seed: int) -> dict[str
         few: Images of each scheduler.
         work: The folder of the parts.
         seed: The seed of the first image.
+        device: Where it runs.
     """
-    common = {"guidance": GUIDANCE[model], "protocol": "fashion", "seed": seed, "batch": 50}
+    common = {"guidance": GUIDANCE[model], "protocol": "fashion", "seed": seed,
+              "batch": 50 if device == "cpu" else 500, "device": device}  # fmt: skip
     settings = Settings(
         model, steps=50, plain_steps=(10, 20, 100), scheduler=TEACHER[model], n=count, **common
     )
@@ -103,12 +105,14 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--few", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("out/zoo"))
     arguments = parser.parse_args()
     if arguments.what == "tables":
         (FOLDER.parent / "docs" / "zoo.md").write_text(tables(), encoding="utf-8")
         return
-    record = measure(arguments.model, arguments.n, arguments.few, arguments.work, arguments.seed)
+    record = measure(arguments.model, arguments.n, arguments.few, arguments.work, arguments.seed,
+                     arguments.device)  # fmt: skip
     file = FOLDER / f"zoo-{arguments.model}.json"
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -46,6 +46,7 @@ class Config:
         steps: The numbers of steps that the student is for: those of validations and of the export.
         eval_count: The samples of a validation; 0 for none.
         reference: Images or statistics for its Frechet distance; "" takes those of the zoo's models.
+        protocol: The protocol of that distance.
         save_minutes: Between two checkpoints.
         keep_last: The checkpoints that are kept.
         keep_images: Between two copies of the raw weights that are kept for combination; 0 keeps none.
@@ -79,6 +80,7 @@ class Config:
     steps: Sequence[int] = (1, 2, 4)
     eval_count: int = option(256, low=0)
     reference: str = option("")
+    protocol: str = option("offline")
     save_minutes: float = option(3.0, low=0.0)
     keep_last: int = option(2, low=1)
     keep_images: int = option(0, low=0)

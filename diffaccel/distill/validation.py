@@ -43,10 +43,9 @@ class Validation:
 
     Arguments:
         run: The run.
-        protocol_name: The protocol of the Frechet distance.
     """
 
-    def __init__(self, run: Run, protocol_name: str = "offline") -> None:
+    def __init__(self, run: Run) -> None:
         config, self.run = run.config, run
         count = config.eval_count
         known = list(dict.fromkeys(map(str, run.store.conditions)))
@@ -59,7 +58,7 @@ class Validation:
         self.extractor: Extractor | None = None
         self.reference: Statistics | None = None
         if config.reference or zoo_model:
-            self.extractor = Extractor(protocol(protocol_name), str(run.trainer.accelerator.device))
+            self.extractor = Extractor(protocol(config.protocol), str(run.trainer.accelerator.device))
             self.reference = (reference_of(config.reference, self.extractor, ["fid"]) if config.reference
                               else zoo_statistics(self.extractor, ["fid"]))  # fmt: skip
         self._teacher: Health | None = None
