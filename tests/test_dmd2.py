@@ -428,6 +428,7 @@ def test_a_student_leaves_with_its_grid(made, tmp_path):
     ({"steps": [1, 2]}, r"trains one number of steps; set steps=\[4\], not \[1, 2\]"),
     ({"options": {"times": [0.9, 0.5]}}, r"steps=\[4\], but 2 times are trained"),
     ({"steps": [2], "options": {"times": [0.5, 0.9]}}, "expected falling ones"),
+    ({"options": {"times": "0.9, 0.5"}}, "no list of numbers"), ({"options": {"times": [True]}}, "no list"),
     ({"options": {"earliest": 0.5, "latest": 0.5}}, "scores are compared from 0.5 to 0.5"),
     ({"lora_rank": 2, "options": {"adversarial": 1.0}}, "set lora_rank=0"),
 ])  # fmt: skip

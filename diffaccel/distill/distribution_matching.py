@@ -71,6 +71,7 @@ class DistributionMatching(Method):
     def __post_init__(self) -> None:
         """Checks the options."""
         super().__post_init__()
+        self.check_times("times")
         if self.earliest >= self.latest:
             raise OptionError(
                 f"scores are compared from {self.earliest:g} to {self.latest:g}; expected a range"
@@ -102,6 +103,16 @@ class DistributionMatching(Method):
         """The teacher's guidance scale."""
         self._blank = setup.host.encode_unconditional(1) if self.scale != 1 else None
         self._blanks: dict[int, Inputs] = {}
+
+    def check_times(self, name: str) -> None:
+        """Checks an option that is a list of times.
+
+        Raises:
+            OptionError: If it is no list of numbers.
+        """
+        values = getattr(self, name)
+        if not isinstance(values, (list, tuple)) or not all(type(t) in (int, float) for t in values):
+            raise OptionError(f"{self.name}: {name}={values!r} is no list of numbers")
 
     @property
     def jumps(self) -> bool:

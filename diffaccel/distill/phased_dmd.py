@@ -68,6 +68,11 @@ class PhasedDMD(DistributionMatching):
     weight: str = option("clamp", choices=WEIGHTS)
     clamp: float = option(10.0, low=1e-6)
 
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        super().__post_init__()
+        self.check_times("switches")
+
     def begin(self, setup: Setup) -> None:
         """Makes the networks, and divides the steps among the phases.
 
