@@ -148,9 +148,9 @@ def test_conditions_are_encoded_once_and_in_any_order(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("sd_img2img", "starts from a picture"), ("wan22", "has several networks: transformer, transformer_2"),
+    ("sd_img2img", "starts from a picture"),
 ])  # fmt: skip
 def test_what_is_no_denoiser_of_noise(name: str, words: str) -> None:
-    """Image to image, and networks that take turns, are refused with the reason."""
+    """Image to image is refused with the reason."""
     with pytest.raises(UnsupportedPipeline, match=words):
         host_of(name)

@@ -44,7 +44,7 @@ class Plain(Method):
     def enter(self, phase: int) -> None:
         """Keeps a copy of the student in the second phase."""
         if phase == 1:
-            self.frozen["reflow"] = self.snapshot()
+            self.snapshot("reflow")
 
     def loss(self, turn: str, batch: Batch) -> dict[str, Tensor]:
         """Returns the mean square of the velocity's error."""

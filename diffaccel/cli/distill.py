@@ -76,7 +76,7 @@ Settings = Annotated[Path | None, typer.Argument(help="YAML file of settings; se
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, such as lr=1e-4.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Stop after so long; 'resume' goes on.")]
 
-METHODS = ("rectified-flow", "slimflow")
+METHODS = ("dmd2", "msd", "phased-dmd", "rectified-flow", "slimflow")
 
 
 def _add(method: str) -> None:

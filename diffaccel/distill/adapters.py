@@ -6,22 +6,24 @@ References:
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, closest
+from ..pipelines.switching import adapters_of, check_adapter, peft_library, switch, tuners_of, using
 
 __all__ = [
     "ATTENTION",
     "adapters_of",
     "add_lora",
+    "copy_lora",
     "lora_parameters",
     "merged",
     "peft_library",
+    "reset_lora",
     "saved_adapter",
     "using",
 ]
@@ -30,19 +32,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers of attention in diffusers' networks."""
 
 _ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Conv3d)
-
-
-def peft_library() -> Any:
-    """Returns the library.
-
-    Raises:
-        OptionError: If it is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise OptionError("adapters need the package peft: pip install diffaccel[distill]") from None
-    return peft
 
 
 def add_lora(network: nn.Module, name: str, rank: int, alpha: float | None = None,
@@ -79,10 +68,52 @@ def add_lora(network: nn.Module, name: str, rank: int, alpha: float | None = Non
             cast(Any, network).add_adapter(config, name)
         else:  # DiT has no mixin for it
             peft.inject_adapter_in_model(config, network, name)
-            _switch(_tuners(network), [name], False)
+            switch(tuners_of(network), [name], False)
     trained |= set(lora_parameters(network, name))
     for key, parameter in network.named_parameters():
         parameter.requires_grad_(key in trained)
+
+
+def copy_lora(network: nn.Module, source: str, name: str) -> None:
+    """Adds an adapter that is a copy of another one.
+
+    Arguments:
+        network: The network.
+        source: The adapter to copy.
+        name: The name of the copy.
+
+    Raises:
+        OptionError: If there is no such adapter, or the name is taken.
+    """
+    check_adapter(network, source)
+    config = cast(Any, network).peft_config[source]
+    add_lora(network, name, config.r, config.lora_alpha, sorted(config.target_modules))
+    copies = lora_parameters(network, name)
+    with torch.no_grad():
+        for key, parameter in lora_parameters(network, source).items():
+            copies[re.sub(rf"(\.lora_\w+\.){re.escape(source)}", rf"\g<1>{name}", key)].copy_(parameter)
+
+
+@torch.no_grad()
+def reset_lora(network: nn.Module, name: str, seed: int = 0) -> None:
+    """Sets an adapter to what a new one is: the network is what it is without it.
+
+    Arguments:
+        network: The network.
+        name: The adapter.
+        seed: Decides A; the global generator is left as it is.
+
+    Raises:
+        OptionError: If there is no such adapter.
+    """
+    check_adapter(network, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for tuner in tuners_of(network):
+            if name in tuner.lora_A:
+                drawn = torch.empty_like(tuner.lora_A[name].weight, device="cpu")
+                tuner.lora_A[name].weight.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5))
+                tuner.lora_B[name].weight.zero_()
 
 
 def _matched(network: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -107,66 +138,15 @@ def _tail(name: str) -> list[str]:
     return parts[last:]
 
 
-def _tuners(network: nn.Module) -> list[Any]:
-    tuner = peft_library().tuners.tuners_utils.BaseTunerLayer
-    return [module for module in network.modules() if isinstance(module, tuner)]
-
-
-def adapters_of(network: nn.Module) -> list[str]:
-    """Returns the names of a network's adapters."""
-    return list(getattr(network, "peft_config", {}))
-
-
 def lora_parameters(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Returns the parameters of an adapter by their names in the network.
 
     Raises:
         OptionError: If there is no such adapter.
     """
-    _check(network, name)
+    check_adapter(network, name)
     own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
     return {key: parameter for key, parameter in network.named_parameters() if own.search(key)}
-
-
-@contextmanager
-def using(network: nn.Module, name: str | None) -> Iterator[None]:
-    """Puts one adapter in force inside the block, or none: then the network is the teacher.
-
-    What requires a gradient stays as it is, which peft's own switches change. With gradient checkpointing
-    the block has to contain the backward pass, which evaluates layers again.
-
-    Arguments:
-        network: The network.
-        name: The adapter, or None for the network alone.
-
-    Raises:
-        OptionError: If there is no such adapter.
-    """
-    if name is None and not adapters_of(network):
-        yield
-        return
-    if name is not None:
-        _check(network, name)
-    tuners = _tuners(network)
-    before = [(tuner._active_adapter, tuner._disable_adapters) for tuner in tuners]
-    try:
-        _switch(tuners, None if name is None else [name], name is None)
-        yield
-    finally:
-        for tuner, (active, disabled) in zip(tuners, before, strict=True):
-            tuner._active_adapter, tuner._disable_adapters = active, disabled
-
-
-def _switch(tuners: Sequence[Any], active: list[str] | None, disabled: bool) -> None:
-    for tuner in tuners:  # the methods for this also switch gradients on and off
-        if active is not None:
-            tuner._active_adapter = active
-        tuner._disable_adapters = disabled
-
-
-def _check(network: nn.Module, name: str) -> None:
-    if name not in adapters_of(network):
-        raise OptionError(f"no adapter {name!r}; {closest(name, adapters_of(network))}")
 
 
 @torch.no_grad()
@@ -184,7 +164,7 @@ def merged(network: nn.Module, name: str | None) -> dict[str, Tensor]:
              if ".lora_" not in key}  # fmt: skip
     if name is None:
         return state
-    _check(network, name)
+    check_adapter(network, name)
     for key, layer in network.named_modules():
         if name in getattr(layer, "lora_A", {}):
             weight, tuner = state[f"{key}.weight"], cast(Any, layer)
@@ -203,7 +183,7 @@ def saved_adapter(network: Any, name: str, dtype: torch.dtype) -> tuple[dict[str
     Raises:
         OptionError: If there is no such adapter.
     """
-    _check(network, name)
+    check_adapter(network, name)
     state = peft_library().get_peft_model_state_dict(network, adapter_name=name)
     settings = network.peft_config[name].to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}

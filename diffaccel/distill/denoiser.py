@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedPipeline
 from ..noise import wide
-from .adapters import using
+from .adapters import lora_parameters, using
 from .host import Host, Inputs
 from .units import Units
 
@@ -101,6 +101,11 @@ class Denoiser(nn.Module):
         if self.adapter is None:
             return nullcontext()
         return using(getattr(self.network, "module", self.network), self.adapter or None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the weights that are its own, by name: all of the network, or those of its adapter."""
+        network = getattr(self.network, "module", self.network)
+        return dict(lora_parameters(network, self.adapter) if self.adapter else network.state_dict())
 
     def _output(self, sample: Tensor, timestep: Tensor, inputs: Inputs) -> Tensor:
         dtype = next(self.network.parameters()).dtype

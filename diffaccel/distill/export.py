@@ -19,15 +19,18 @@ from torch import nn
 from ..errors import ModelError, OptionError, UnsupportedPipeline, closest
 from ..eval.sampler import device_of
 from ..files import read_object, whole_folder
+from ..pipelines import NoiseExperts
+from ..pipelines.routed import Routed
+from ..pipelines.run import denoisers_of
 from ..pipelines.unguided import NULL_LABEL
 from ..samplers import FixedGridScheduler
 from ..zoo.folders import load_pipeline, quiet
 from .adapters import adapters_of, merged, saved_adapter
+from .assembly import settled
 from .card import Card, call_code, card_text
-from .fixed_guidance import fix_guidance, ignores_guidance
-from .grid import Grid, fixed_grid, scheduler_for
-from .students import student_like
-from .trial import Student, cast, compare, images, in_training, with_parts
+from .fixed_guidance import ignores_guidance
+from .grid import Calls, Grid, fixed_grid, scheduler_for
+from .trial import Student, cast, compare, images, in_training, with_network, with_parts
 
 __all__ = ["GUIDANCE_KEY", "STEPS_KEY", "Grid", "export", "export_lora", "scheduler_for"]
 
@@ -55,7 +58,7 @@ def export(
     its scheduler's configuration (`GUIDANCE_KEY`) say which one to give.
 
     Arguments:
-        student: The student.
+        student: The student; one of several experts is a `NoiseExperts` or `ConditionExperts` of them.
         teacher_pipe: The teacher's pipeline, of which all other components are taken.
         component: The name of the network in the pipeline, as "unet".
         grids: The grids of all numbers of steps that were trained.
@@ -77,32 +80,34 @@ def export(
     """
     about, target = Card.of(card), _target(out, overwrite)
     trained = _student(student, lora, teacher_pipe, component, grids, guidance, conditions, options or {})
-    network = fix_guidance(_plain(student, lora), trained.guidance)
+    network = settled(student, lora, trained.guidance, apart="boundary_ratio" in teacher_pipe.config)
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         pipe.save_pretrained(folder)
         _amend(folder, pipe)
         code = ["from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained("{target.name}")']  # fmt: skip
-        if isinstance(pipe.scheduler, FixedGridScheduler):  # diffusers loads from imported modules alone
-            code = ["import diffaccel  # pip install diffaccel: the scheduler is one of its own", *code]
-        return load_pipeline(folder, dtype), code, _facts(network, getattr(teacher_pipe, component))
+        if own := _own_parts(pipe):  # diffusers loads from imported modules alone
+            what = f"the {own[0]} is one" if len(own) == 1 else f"{' and '.join(own)} are some"
+            code = [f"import diffaccel  # pip install diffaccel: {what} of its own", *code]
+        return load_pipeline(folder, dtype), code, _facts(network, teacher_pipe)
 
     return _publish(trained, network, target, about, dtype, write)
 
 
 def export_lora(
-    student: nn.Module, name: str, teacher_pipe: Any, component: str, grids: Grid | Sequence[Grid],
+    student: nn.Module, name: str | None, teacher_pipe: Any, component: str, grids: Grid | Sequence[Grid],
     out: str | Path, *, guidance: float, card: Mapping[str, Any], dtype: torch.dtype = torch.float16,
     conditions: Sequence[str] = (), options: Mapping[str, Any] | None = None, overwrite: bool = False,
 ) -> Path:  # fmt: skip
     """Writes an adapter as a folder for ``pipe.load_lora_weights``, with the student's scheduler beside it.
 
-    It is loaded onto the teacher's network and compared. The card's ``teacher`` has to be what users load.
+    The adapters of several experts are a folder for ``NoiseExperts.on``. What is written is loaded onto the
+    teacher's network and compared. The card's ``teacher`` has to be what users load.
 
     Arguments:
-        student: The network with the adapter.
-        name: The adapter.
+        student: The network with the adapter, or a `NoiseExperts` of adapters.
+        name: The adapter; None for those of experts.
         teacher_pipe: The teacher's pipeline.
         component: The name of the network in the pipeline, as "unet".
         grids: The grids of all numbers of steps that were trained.
@@ -119,21 +124,49 @@ def export_lora(
         OptionError: If there is no such adapter, or an argument does not fit the pipeline.
         UnsupportedPipeline: If the pipeline loads no adapters of this component; merge it then.
     """
-    about, target, save = Card.of(card), _target(out, overwrite), _saver(teacher_pipe, component)
+    about, target = Card.of(card), _target(out, overwrite)
     trained = _student(student, name, teacher_pipe, component, grids, guidance, conditions, options or {})
-    layers, settings = saved_adapter(student, name, dtype)
+    if isinstance(student, Routed):
+        own = _experts_writer(student, trained, about, target, dtype)
+        return _publish(trained, settled(student, None), target, about, dtype, own)
+    assert name is not None
+    save, (layers, settings) = _saver(teacher_pipe, component), saved_adapter(student, name, dtype)
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         save(folder, layers, settings)
         pipe.scheduler.save_pretrained(folder / "scheduler")
-        base = _plain(getattr(teacher_pipe, component), None)
+        base = settled(getattr(teacher_pipe, component), None)
         loaded = cast(with_parts(pipe, **{component: base}), dtype)
         loaded.load_lora_weights(folder)
         loaded.scheduler = type(pipe.scheduler).from_pretrained(folder, subfolder="scheduler")
         code = _adapter_code(about.teacher, target.name, type(pipe.scheduler))
         return loaded, code, {"adapter": f"rank {settings['r']}, alpha {settings['lora_alpha']:g}"}
 
-    return _publish(trained, _plain(student, name), target, about, dtype, write)
+    return _publish(trained, settled(student, name), target, about, dtype, write)
+
+
+def _experts_writer(student: Routed, trained: Student, about: Card, target: Path,
+                    dtype: torch.dtype) -> Writer:  # fmt: skip
+    """Returns what writes the adapters of experts."""
+    kind, component = type(student), trained.component
+    student.check_adapters()
+
+    def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
+        student.save_adapters(folder, dtype)
+        pipe.scheduler.save_pretrained(folder / "scheduler")
+        base = nn.Module.to(settled(getattr(trained.pipe, component), None), dtype)
+        loaded = cast(with_parts(pipe, **{component: kind.on(base, folder)}), dtype)
+        loaded.scheduler = type(pipe.scheduler).from_pretrained(folder, subfolder="scheduler")
+        code = _adapter_code(about.teacher, target.name, type(pipe.scheduler))
+        place = next(number for number, line in enumerate(code) if "load_lora_weights" in line)
+        code[place] = f'pipe.{component} = {kind.__name__}.on(pipe.{component}, "{target.name}")'
+        return (
+            loaded,
+            [f"from diffaccel.pipelines import {kind.__name__}", *code],
+            {"experts": student.summary()},
+        )
+
+    return write
 
 
 def _saver(pipe: Any, component: str) -> Callable[[Path, Any, Any], None]:
@@ -175,8 +208,9 @@ def _student(network: nn.Module, adapter: str | None, pipe: Any, component: str,
     parts = {key: part for key, part in pipe.components.items() if isinstance(part, nn.Module)}
     if component not in parts:
         raise OptionError(f"{name} has no network {component!r}; {closest(component, parts)}")
-    if type(network) is not type(parts[component]):
-        kinds = (type(network).__name__, type(parts[component]).__name__)
+    kind = type(getattr(network, "leading", network))
+    if kind is not type(parts[component]):
+        kinds = (kind.__name__, type(parts[component]).__name__)
         raise OptionError(f"the student is a {kinds[0]}; the {component} of {name} is a {kinds[1]}")
     if adapter is None and adapters_of(network):
         raise OptionError(f"the network has the adapters {', '.join(adapters_of(network))}; name one as lora")
@@ -187,20 +221,13 @@ def _student(network: nn.Module, adapter: str | None, pipe: Any, component: str,
         conditions = sorted(getattr(pipe, "labels", None) or {})[:2] or ["0", "1"]
     elif not conditions and "prompt" in call:
         conditions = ["a photo of a cat", "a house by the sea"]
-    scale, chosen = guidance if takes else None, tuple(conditions[:2])
+    experts = len(network.members) if isinstance(network, Routed) else 1
+    scale, chosen = guidance if takes else None, tuple(conditions[: max(2, experts)])
     return Student(network, adapter, pipe, component, _all(grids), scale, chosen, options)
 
 
 def _all(grids: Grid | Sequence[Grid]) -> tuple[Grid, ...]:
     return (grids,) if isinstance(grids, Grid) else tuple(grids)
-
-
-def _plain(network: nn.Module, adapter: str | None) -> nn.Module:
-    """Returns a copy of a network, with an adapter merged, and without any others."""
-    plain: nn.Module = student_like(network)
-    plain.load_state_dict(merged(network, adapter))
-    like = next(network.parameters())
-    return nn.Module.to(plain, like.device, like.dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -210,9 +237,9 @@ def _publish(trained: Student, network: nn.Module, target: Path, about: Card, dt
     teacher, name = trained.pipe.scheduler, str(dtype).removeprefix("torch.")
     with quiet([]), whole_folder(target) as folder:
         wanted, calls = in_training(trained)
-        pipe = cast(with_parts(trained.pipe, **{trained.component: network}), dtype)
+        pipe = cast(with_network(trained.pipe, trained.component, network), dtype)
         rounded = images(trained, with_parts(pipe, scheduler=fixed_grid(teacher, trained.grids)))
-        pipe.scheduler = scheduler_for(teacher, trained.grids, calls)
+        pipe.scheduler = _scheduler(trained, calls)
         pipe.scheduler.register_to_config(**_notes(trained))
         loaded, code, facts = write(folder, pipe)
         made = images(trained, with_parts(loaded.to(device_of(trained.pipe))))
@@ -223,6 +250,14 @@ def _publish(trained: Student, network: nn.Module, target: Path, about: Card, dt
         text = card_text(about, target.name, pipe, trained.grids, trained.guidance, fixed, code, facts)
         (folder / "README.md").write_text(text, encoding="utf-8")
     return target
+
+
+def _scheduler(trained: Student, calls: Calls) -> Any:
+    """Returns the scheduler to leave with: where noise decides on the expert, one that has no other grids."""
+    teacher = trained.pipe.scheduler
+    if isinstance(trained.network, NoiseExperts) and len(trained.network.members) > 1:
+        return fixed_grid(teacher, trained.grids)
+    return scheduler_for(teacher, trained.grids, calls)
 
 
 def _notes(trained: Student) -> dict[str, Any]:
@@ -244,12 +279,25 @@ def _amend(folder: Path, pipe: Any) -> None:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _facts(network: nn.Module, teacher: nn.Module) -> dict[str, str]:
-    """Returns rows of the card's table."""
-    own, whole = (sum(value.numel() for value in merged(part, None).values()) for part in (network, teacher))
-    name, config = type(network).__name__, getattr(network, "config", None)
+def _own_parts(pipe: Any) -> list[str]:
+    """Returns what in a pipeline stock diffusers does not have."""
+    parts = {"scheduler": FixedGridScheduler, "network": Routed}
+    components = list(pipe.components.values())
+    return [name for name, kind in parts.items() if any(isinstance(part, kind) for part in components)]
+
+
+def _facts(network: nn.Module, teacher: Any) -> dict[str, str]:
+    """Returns rows of the card's table, for a student and its teacher's pipeline."""
+    whole = sum(
+        value.numel() for part in denoisers_of(teacher).values() for value in merged(part, None).values()
+    )
+    own = sum(value.numel() for value in network.state_dict().values())
+    inner = getattr(network, "leading", network)
+    name, config = type(inner).__name__, getattr(network, "config", None)
     facts = {"network": f"`{name}`, {own / 1e6:.3g} M weights, {own / whole:.0%} of its teacher's"}
+    if isinstance(network, Routed):
+        facts["experts"] = network.summary()
     classes = getattr(config, "num_embeds_ada_norm", None) or NULL_LABEL
-    if isinstance(network, DiTTransformer2DModel) and classes < NULL_LABEL:
+    if isinstance(inner, DiTTransformer2DModel) and classes < NULL_LABEL:
         facts["classes"] = f"{classes}; none for no class, so that a call with guidance is an error"
     return facts

@@ -57,6 +57,7 @@ def fix_guidance(network: nn.Module, guidance: float | None) -> nn.Module:
 def ignores_guidance(pipe: Any, component: str) -> bool:
     """Returns whether a pipeline makes the same images for every guidance scale, after `fix_guidance`."""
     network = getattr(pipe, component)
+    network = getattr(network, "leading", network)
     if isinstance(network, FluxTransformer2DModel):
         return not network.config.guidance_embeds
     if not isinstance(network, UNet2DConditionModel) or network.config.time_cond_proj_dim != _WIDTH:

@@ -19,7 +19,7 @@ from ..errors import OptionError, UnsupportedScheduler
 from ..noise import is_stochastic, path_of, probe
 from ..samplers import FixedGridScheduler
 
-__all__ = ["Calls", "Grid", "Kind", "agrees", "fixed_grid", "scheduler_for"]
+__all__ = ["Calls", "Grid", "Kind", "agrees", "fixed_grid", "scheduler_for", "shift_of"]
 
 Kind = Literal["flow", "vp-ode", "x0-jump"]
 
@@ -108,7 +108,7 @@ class Grid:
             UnsupportedScheduler: If the teacher's path is neither straight nor variance-preserving.
         """
         if probe(teacher).kind == "flow":
-            return cls.uniform(steps, "x0-jump" if jump else "flow", _shift(teacher))
+            return cls.uniform(steps, "x0-jump" if jump else "flow", shift_of(teacher))
         settings = {key: teacher.config[key] for key in _TABLE if key in teacher.config}
         kind = diffusers.LCMScheduler if jump else diffusers.DDIMScheduler
         return cls.of(kind(**settings, timestep_spacing="trailing", set_alpha_to_one=True), steps)
@@ -218,7 +218,7 @@ def _candidates(reference: FixedGridScheduler, teacher: Any, grids: Sequence[Gri
     """Yields the stock schedulers that may fit, the most usual first."""
     config, jump = reference.config, reference.config.stochastic_sampling
     if reference.path.is_flow:
-        for shift in dict.fromkeys((1.0, _shift(teacher), *_shifts(grids))):
+        for shift in dict.fromkeys((1.0, shift_of(teacher), *_shifts(grids))):
             yield from _flow_candidates(config, shift, grids, jump)
         return
     settings = {key: config[key] for key in _TABLE}
@@ -247,8 +247,8 @@ def _flow_candidates(config: Any, shift: float, grids: Sequence[Grid], jump: boo
         )  # fmt: skip
 
 
-def _shift(teacher: Any) -> float:
-    """Returns the shift of the teacher's own grids, where it is fixed."""
+def shift_of(teacher: Any) -> float:
+    """Returns the shift of the own grids of a teacher's scheduler, where it is fixed; else 1."""
     if teacher.config.get("use_dynamic_shifting"):
         return 1.0
     return float(teacher.config.get("shift", teacher.config.get("flow_shift", 1.0)))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedPipeline
 from ..noise import probe
+from ..pipelines import NoiseExperts
 from ..pipelines.branches import convention_of
 from ..pipelines.capturing import first_evaluation, sibling
 from ..pipelines.rows import join_rows, take_rows
@@ -71,7 +72,8 @@ class Host:
         options: Further arguments of its call that shape the network's input, such as height and width.
 
     Raises:
-        UnsupportedPipeline: If the pipeline does not evaluate one network once a sample.
+        UnsupportedPipeline: If the pipeline does not evaluate one network once a sample, or one of two by the
+            noise level.
         OptionError: If it takes no such option.
     """
 
@@ -86,15 +88,14 @@ class Host:
         self._values: dict[tuple[type, Any], Any] = {}
         self._numbers: dict[Any, int] = {}
         self._known: Inputs | None = None
-        call = unguided(self.pipe, [self._any_condition()] * 2, self.options)
+        call = unguided(self.pipe, [self.any_condition] * 2, self.options)
         early, late = first_evaluation(self.pipe, call), first_evaluation(self.pipe, call, step=1)
         self.component = early.call.network
         if early.call.rows != 2:
             raise UnsupportedPipeline(f"{type(pipe).__name__} evaluates {early.call.rows} rows for 2 samples")
         if not isinstance(early.call.sample, Tensor):
             raise UnsupportedPipeline(f"the network of {type(pipe).__name__} takes lists of samples")
-        if len(networks := denoisers_of(pipe)) > 1:
-            raise UnsupportedPipeline(f"{type(pipe).__name__} has several networks: {', '.join(networks)}")
+        self._split = _split_over_noise(self.pipe)
         self.shape = tuple(early.call.sample.shape[1:])
         """The shape of a sample, without the batch."""
         places = [
@@ -106,8 +107,8 @@ class Host:
 
     @property
     def network(self) -> nn.Module:
-        """The pipeline's own network: the teacher's."""
-        network = getattr(self.pipe, self.component)
+        """The pipeline's own network: the teacher's; two by noise level are one that chooses by the time."""
+        network = getattr(self.pipe, self.component) if self._split is None else self._split
         assert isinstance(network, nn.Module)
         return network
 
@@ -166,7 +167,9 @@ class Host:
         for place, condition in enumerate(fresh):
             self._numbers[condition] = before + place
 
-    def _any_condition(self) -> Any:
+    @property
+    def any_condition(self) -> Any:
+        """A condition that the pipeline takes."""
         return {"prompt": "", "class_labels": 0, "batch_size": None}[self.kind]
 
 
@@ -179,6 +182,22 @@ def _joined(first: Inputs, second: Inputs) -> Inputs:
     except RuntimeError as error:
         raise UnsupportedPipeline(f"conditions of different lengths, which do not stack: {error}") from error
     return Inputs(args, kwargs, sum(sizes), first.keys)
+
+
+def _split_over_noise(pipe: Any) -> nn.Module | None:
+    """Returns the two networks of a pipeline such as that of Wan 2.2 as one, or None if it has one.
+
+    Raises:
+        UnsupportedPipeline: If it has several that are not known to be for ranges of noise.
+    """
+    networks, ratio = denoisers_of(pipe), pipe.config.get("boundary_ratio")
+    if len(networks) == 1:
+        return None
+    if set(networks) != {"transformer", "transformer_2"} or ratio is None:
+        raise UnsupportedPipeline(f"{type(pipe).__name__} has several networks: {', '.join(networks)}")
+    limit = ratio * pipe.scheduler.config.num_train_timesteps
+    pair = [(networks["transformer"], None), (networks["transformer_2"], None)]
+    return NoiseExperts.of(pair, boundaries=[limit])
 
 
 def _number(timestep: Any) -> float:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..errors import OptionError, closest
 from ..options import check_names, check_options
+from .adapters import copy_lora, lora_parameters
 from .data import Batch
 from .denoiser import Denoiser, guided_velocity
 from .grid import Grid
 from .host import Host, Inputs
 from .inversion import Velocity
+from .shards import Condition
 from .students import student_like
 
 __all__ = ["Expert", "Method", "Setup", "methods"]
@@ -32,6 +34,9 @@ class Setup:
         student: The student, which is trained.
         guidance: The guidance scale that the data have, or None.
         images: The samples that the student will be trained on.
+        steps: The numbers of steps that the student is for.
+        seed: The seed of the run.
+        conditions: The conditions of the data.
     """
 
     host: Host
@@ -39,6 +44,9 @@ class Setup:
     student: Denoiser
     guidance: float | None
     images: int
+    steps: tuple[int, ...] = (1, 2, 4)
+    seed: int = 0
+    conditions: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Expert:
 
     denoiser: Denoiser
     boundary: float = 0.0
-    conditions: tuple[str | int, ...] | None = None
+    conditions: tuple[Condition, ...] | None = None
 
 
 @dataclass
@@ -68,6 +76,10 @@ class Method(ABC):
     name: ClassVar[str] = ""
     needs: ClassVar[str] = "pairs"
     """The data: "pairs" of noise and sample."""
+    helpers: ClassVar[frozenset[str]] = frozenset()
+    """The networks that are no part of the student: no average of theirs is kept."""
+    bound: ClassVar[bool] = False
+    """Whether the numbers of steps decide the course of a run, so that they cannot change later."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the subclass by its name."""
@@ -105,6 +117,14 @@ class Method(ABC):
     def loss(self, turn: str, batch: Batch) -> dict[str, Tensor]:
         """Returns the terms, each of shape (), whose sum ``networks[turn]`` shall make small."""
 
+    def rate(self, turn: str) -> float:
+        """Returns the factor of the learning rate of a network."""
+        return 1.0
+
+    def conditions(self, turn: str) -> tuple[Condition, ...] | None:
+        """Returns the conditions of the samples that a network is trained on, or None for all."""
+        return None
+
     def grid(self, steps: int) -> Grid:
         """Returns the times at which a student with so many steps is evaluated."""
         return Grid.stock(self.setup.host.pipe.scheduler, steps)
@@ -112,6 +132,11 @@ class Method(ABC):
     def experts(self) -> tuple[Expert, ...]:
         """Returns the networks that the student consists of, those for the highest times first."""
         return (Expert(self.networks["student"]),)
+
+    @property
+    def router(self) -> Mapping[str, Any] | None:
+        """What knows the expert of a condition, see `Partition`; None if noise decides."""
+        return None
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -126,10 +151,24 @@ class Method(ABC):
         """Returns the velocity field of a network with its conditions bound: (x_t, t) -> (B, *)."""
         return guided_velocity(network, inputs, None, 1.0)
 
-    def snapshot(self) -> Denoiser:
-        """Returns a frozen copy of the student as it is now, to be kept in `frozen`."""
+    def snapshot(self, name: str) -> Denoiser:
+        """Keeps a frozen copy of the student as it is now in `frozen`, and returns it.
+
+        Arguments:
+            name: Its name there, and that of an adapter beside the student's, if that is one.
+        """
         student = self.networks["student"]
         network: Any = getattr(student.network, "module", student.network)
+        self.frozen[name] = copied = self._copied(network, name)
+        return copied
+
+    def _copied(self, network: Any, name: str) -> Denoiser:
+        student = self.networks["student"]
+        if student.adapter is not None:
+            copy_lora(network, student.adapter, name)
+            for parameter in lora_parameters(network, name).values():
+                parameter.requires_grad_(False)
+            return Denoiser(network, student.units, name)
         copied = student_like(network)  # a deep copy would take along what accelerate does to its forward
         copied.load_state_dict(network.state_dict())
         copied.to(next(network.parameters()).device).requires_grad_(False).eval()  # DiT drops labels else

@@ -16,6 +16,9 @@ from .shards import AGAIN, INDEX, Condition, DamagedShard, PairsError, Shards, r
 
 __all__ = ["PairStore"]
 
+_ORDERS = 7
+"""The orders that are kept beside a new one; a batch may lie in two epochs, and parts differ in size."""
+
 
 class PairStore:
     """Pairs of noise and sample that ``diffaccel distill pairs`` has made; they are mapped, not loaded.
@@ -51,7 +54,7 @@ class PairStore:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PairsError(f"{str(file)!r} is no record of pairs ({error!r}); {AGAIN}") from None
         self._open: dict[int, dict[str, Tensor]] = {}
-        self._orders: dict[tuple[int, int], Tensor] = {}
+        self._orders: dict[tuple[int, int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return int(self.settings["count"])
@@ -83,7 +86,7 @@ class PairStore:
             noise = torch.stack([shard["noise"][row] for shard, row in places])
         return x0.float(), noise.float(), [self.conditions[n % len(self.conditions)] for n in numbers]
 
-    def order(self, seed: int, number: int) -> int:
+    def order(self, seed: int, number: int, among: Sequence[int] | None = None) -> int:
         """Returns the pair of a sample of a training run; every pair comes once an epoch.
 
         It depends on nothing else, so that neither the size of batches nor a resume changes it.
@@ -91,13 +94,17 @@ class PairStore:
         Arguments:
             seed: The seed of the run.
             number: The number of the sample, counted from 0 over all epochs.
+            among: The pairs that are trained on; None for all.
         """
-        epoch, place = divmod(number, len(self))
-        if (seed, epoch) not in self._orders:
+        size = len(self) if among is None else len(among)
+        epoch, place = divmod(number, size)
+        key = (seed, epoch, size)
+        if key not in self._orders:
             generator = torch.Generator().manual_seed(seed_of(seed, epoch, "pairs"))
-            last = list(self._orders.items())[-1:]  # a batch may lie in two epochs
-            self._orders = {**dict(last), (seed, epoch): torch.randperm(len(self), generator=generator)}
-        return int(self._orders[seed, epoch][place])
+            last = list(self._orders.items())[-_ORDERS:]
+            self._orders = {**dict(last), key: torch.randperm(size, generator=generator)}
+        found = int(self._orders[key][place])
+        return found if among is None else among[found]
 
     def verify(self, advance: Callable[[int], None] = lambda count: None) -> None:
         """Reads all, and compares the checksums.

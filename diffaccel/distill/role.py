@@ -24,9 +24,11 @@ class Role:
         denoiser: The network, which is prepared for the processes in place.
         config: The settings.
         accelerator: What prepares it.
+        averages: Whether an average is kept, if the settings ask for one.
     """
 
-    def __init__(self, name: str, denoiser: Denoiser, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, name: str, denoiser: Denoiser, config: Config, accelerator: Accelerator,
+                 averages: bool = True) -> None:  # fmt: skip
         self.name, self.denoiser, self._accelerator = name, denoiser, accelerator
         self.images = self.updates = 0
         self.finite = True
@@ -37,12 +39,14 @@ class Role:
         trained = dict(network.named_parameters()) if adapter is None else lora_parameters(network, adapter)
         self.keys = list(trained)
         """The names of the trained weights within the network."""
+        for key, parameter in network.named_parameters():  # a base may have others, of another role
+            parameter.requires_grad_(key in trained)
         optimizer = optimizer_of(
             config.optimizer, list(trained.values()), config.lr, config.optimizer_options
         )
         denoiser.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.average: EMAModel | None = None
-        if config.ema_images:
+        if config.ema_images and averages:
             decay = 0.5 ** (config.batch / config.ema_images)
             self.average = EMAModel(self.parameters, decay=decay, min_decay=decay, foreach=True)
 
@@ -97,6 +101,13 @@ class Role:
             self.average.copy_to(self.parameters)
             self.average.optimization_step = 0
         getattr(self.optimizer, "optimizer", self.optimizer).state.clear()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Sets the average to the weights."""
+        if self.average is not None:
+            for shadow, parameter in zip(self.average.shadow_params, self.parameters, strict=True):
+                shadow.copy_(parameter)
 
     def averaged(self) -> "_Averaged":
         """Returns a context in which the network has its averaged weights."""

@@ -18,6 +18,7 @@ from ..files import read_object, whole
 from ..pipelines.branches import is_embedded
 from . import checkpoints
 from .adapters import add_lora
+from .assembly import averaged, check_grids
 from .checkpoints import CheckpointError
 from .config import Config, merge
 from .data import PairData
@@ -130,7 +131,8 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        OptionError: If the student is no adapter, and ``lora`` asks for one.
+        OptionError: If the student is no adapter, and ``lora`` asks for one; or if rounding would
+            decide which expert makes a step.
         ModelError: If the folder exists, or the loaded pipeline makes other images than the student.
     """
     config, facts = run.config, run.store.settings
@@ -147,15 +149,28 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
     }  # fmt: skip
     options: dict[str, Any] = {
         "guidance": guidance_of(run.pipe), "card": card, "dtype": dtype, "overwrite": overwrite,
-        "conditions": [str(condition) for condition in run.store.conditions[:2] if condition is not None],
+        "conditions": _tried(run),
     }  # fmt: skip
-    component, adapter = run.host.component, STUDENT if config.lora_rank else None
-    if lora and adapter is None:
+    experts, component = run.method.experts(), run.host.component
+    check_grids(experts, run.host.units, grids)
+    if lora and not config.lora_rank:
         raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
-    with run.trainer.roles["student"].averaged() as network:
+    with averaged(run.trainer, run.host.units) as student:
+        if len(experts) == 1 and config.lora_rank:
+            network = run.trainer.roles["student"].network
+            if lora:
+                return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
+            return export(network, run.pipe, component, grids, out, lora=STUDENT, **options)
         if lora:
-            return export_lora(network, STUDENT, run.pipe, component, grids, out, **options)
-        return export(network, run.pipe, component, grids, out, lora=adapter, **options)
+            return export_lora(student, None, run.pipe, component, grids, out, **options)
+        return export(student, run.pipe, component, grids, out, **options)
+
+
+def _tried(run: Run) -> list[str]:
+    """Returns conditions to try a student on, one of each expert at least."""
+    parts = [expert.conditions or () for expert in run.method.experts()]
+    tried = [own[0] for own in parts if own] if len(parts) > 1 else []
+    return [str(condition) for condition in tried or run.store.conditions[:2] if condition is not None]
 
 
 def guidance_of(pipe: Any) -> float:
@@ -204,8 +219,9 @@ def _build(config: Config, folder: Path) -> Run:
         raise OptionError(f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}")
     folder.mkdir(parents=True, exist_ok=True)
     method = _begun(config, host, store, accelerator.device)
-    facts = {**{key: asdict(config)[key] for key in _COURSE}, "teacher": digest, "pairs": store.digest}
-    data = PairData(store, host, config.seed, accelerator.device)
+    course = (*_COURSE, "steps") if method.bound else _COURSE
+    facts = {**{key: asdict(config)[key] for key in course}, "teacher": digest, "pairs": store.digest}
+    data = PairData(store, host, config.seed, accelerator.device, method.conditions)
     trainer = Trainer(config, method, data, accelerator, folder, json.loads(json.dumps(facts)))
     if config.tracker:
         accelerator.init_trackers("diffaccel")
@@ -216,15 +232,21 @@ def _begun(config: Config, host: Host, store: PairStore, device: torch.device) -
     """Returns the method with its networks."""
     method, teacher = config.make_method(), host.network.requires_grad_(False)
     student, adapter = _student(config, host), STUDENT if config.lora_rank else None
-    if config.gradient_checkpointing:
-        if not hasattr(student, "enable_gradient_checkpointing"):
-            raise OptionError(f"{type(student).__name__} has no gradient checkpointing")
-        student.enable_gradient_checkpointing()
     method.begin(Setup(
         host, Denoiser(teacher, host.units, "" if config.lora_rank else None),
         Denoiser(student.to(device), host.units, adapter), store.guidance, config.images,
+        tuple(config.steps), config.seed, tuple(store.conditions),
     ))  # fmt: skip
+    if config.gradient_checkpointing:
+        for denoiser in method.networks.values():
+            _checkpoint(denoiser.network)
     return method
+
+
+def _checkpoint(network: Any) -> None:
+    if not hasattr(network, "enable_gradient_checkpointing"):
+        raise OptionError(f"{type(network).__name__} has no gradient checkpointing")
+    network.enable_gradient_checkpointing()
 
 
 def _student(config: Config, host: Host) -> Any:
@@ -247,7 +269,9 @@ def _student(config: Config, host: Host) -> Any:
     network: Any = getattr(other, host.component, None)
     if not isinstance(network, nn.Module) or Host(other).shape != host.shape:
         raise ModelError(f"{config.student!r} has no {host.component!r} for samples {host.shape}")
-    if type(network) is not type(host.network) or not _agree(Host(other).units, host.units):
+    there = Host(other)
+    network = there.network  # of two by noise level, both
+    if type(network) is not type(host.network) or not _agree(there.units, host.units):
         raise ModelError(
             f"{config.student!r} has a {type(network).__name__} of other levels of noise, or of another "
             f"prediction, than the {type(host.network).__name__} of {config.teacher!r}"

@@ -259,7 +259,7 @@ class SlimFlow(Method):
     def enter(self, phase: int) -> None:
         """Freezes the flow when the second phase begins."""
         if phase == 1:
-            self.frozen[FLOW] = self.snapshot()
+            self.snapshot(FLOW)
 
     def loss(self, turn: str, batch: Batch) -> dict[str, Tensor]:
         """Returns the terms of the phase, each the mean over the samples."""

@@ -51,7 +51,8 @@ class Trainer:
         self.partial = any(denoiser.adapter is not None for denoiser in method.networks.values())
         """Whether checkpoints hold only some of a network's weights."""
         self.roles = {
-            name: Role(name, denoiser, config, accelerator) for name, denoiser in method.networks.items()
+            name: Role(name, denoiser, config, accelerator, averages=name not in method.helpers)
+            for name, denoiser in method.networks.items()
         }
         if self.partial:
             accelerator.register_save_state_pre_hook(self._only_trained)
@@ -82,7 +83,7 @@ class Trainer:
                 other.trains(other is role)
             for batch, weight, last in self._parts(role):
                 self._backward(role, batch, weight, last)
-            norm = role.step(lr, self.config.clip, self.config.batch)
+            norm = role.step(lr * self.method.rate(turn), self.config.clip, self.config.batch)
             self._note(role, norm)
         self.step += 1
 
@@ -90,6 +91,8 @@ class Trainer:
         for role in self.roles.values():
             role.forget()
         self.method.enter(phase)
+        for role in self.roles.values():
+            role.follow()
 
     def _parts(self, role: Role) -> Iterator[tuple[Batch, float, bool]]:
         """Yields this process' samples in parts, each with its share of them, and whether it is the last."""
@@ -98,7 +101,7 @@ class Trainer:
         size = self.config.micro_batch or share
         for start in range(0, share, size):
             stop = min(start + size, share)
-            batch = self.data.batch(range(first + start, first + stop), role.name, self.images)
+            batch = self.data.batch(range(first + start, first + stop), role.name, role.images)
             yield batch, (stop - start) / share, stop == share
 
     def _backward(self, role: Role, batch: Batch, weight: float, last: bool) -> None:
@@ -177,9 +180,10 @@ class Trainer:
 
     def _log_losses(self) -> None:
         now, images = time.monotonic(), self.images - self._logged
-        updates = max(1, images // self.config.batch)
-        sums = torch.stack([torch.stack(parts).sum().float() for parts in self._losses.values()])
-        found = self.accelerator.reduce(sums, "mean") / updates
+        updates = [len(self._losses[f"{name.partition('/')[0]}/gradient"]) for name in self._losses]
+        parts = zip(self._losses.values(), updates, strict=True)
+        sums = torch.stack([torch.stack(part).sum().float() / count for part, count in parts])
+        found = self.accelerator.reduce(sums, "mean")
         means = dict(zip(self._losses, found.tolist(), strict=True))
         self._losses.clear()
         self.seconds += now - self._since
@@ -223,9 +227,10 @@ class Trainer:
             for name, role in self.roles.items() if role.average is not None
         }  # fmt: skip
         kept = self.method.frozen.items()
-        frozen = {f"frozen-{name}": _copied(denoiser.network.state_dict()) for name, denoiser in kept}
+        frozen = {f"frozen-{name}": _copied(denoiser.state()) for name, denoiser in kept}
         return {**found, **frozen}
 
+    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Returns to saved averages and networks."""
         for name, role in self.roles.items():
@@ -234,7 +239,8 @@ class Trainer:
                 for key, shadow in zip(role.keys, role.average.shadow_params, strict=True):
                     shadow.copy_(saved[key])
         for name, denoiser in self.method.frozen.items():
-            denoiser.network.load_state_dict(tensors[f"frozen-{name}"])
+            for key, value in denoiser.state().items():
+                value.copy_(tensors[f"frozen-{name}"][key])
 
     def _only_trained(self, models: list[Any], weights: list[Any], folder: str) -> None:
         """Leaves out of a checkpoint what is not trained: the base that LoRA adapters share."""

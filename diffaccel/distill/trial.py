@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from .. import noise
 from ..errors import ModelError
 from ..eval.sampler import Sampler
+from ..pipelines import NoiseExperts
 from ..pipelines.capturing import sibling
 from ..samplers import FixedGridScheduler
 from .adapters import using
 from .grid import Calls, Grid, fixed_grid
 
-__all__ = ["Made", "Student", "cast", "compare", "images", "in_training", "with_parts"]
+__all__ = ["Made", "Student", "cast", "compare", "images", "in_training", "with_network", "with_parts"]
 
 _LEVEL = 1 / 255
 _COARSE = 0.05
@@ -65,7 +66,8 @@ def images(student: Student, pipe: Any) -> Made:
     """Returns what a pipeline makes of a student's conditions, always of the same noise."""
     made: Made = {}
     for steps in map(len, student.grids):
-        sampler = _Sampler(pipe, student.conditions, steps, student.guidance, seed=0, count=2)
+        sampler = _Sampler(pipe, student.conditions, steps, student.guidance, seed=0,
+                           count=max(2, len(student.conditions)))  # fmt: skip
         sampler.options = student.options
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some pipelines do not give their generator to the scheduler
@@ -95,7 +97,7 @@ class _Recording(FixedGridScheduler):
 def in_training(student: Student) -> tuple[Made, Calls]:
     """Returns what a student makes now, in its own type, and how its pipeline calls a scheduler."""
     dtype = next(student.network.parameters()).dtype
-    pipe = cast(with_parts(student.pipe, **{student.component: student.network}), dtype, student.component)
+    pipe = cast(with_network(student.pipe, student.component, student.network), dtype, student.component)
     pipe.scheduler = scheduler = fixed_grid(student.pipe.scheduler, student.grids, _Recording)
     adapted = using(student.network, student.adapter) if student.adapter else nullcontext()
     with _evaluating(student.network), adapted:
@@ -121,6 +123,24 @@ def with_parts(pipe: Any, **parts: Any) -> Any:
     for name, part in parts.items():
         setattr(other, name, part)
     other.set_progress_bar_config(disable=True)
+    return other
+
+
+def with_network(pipe: Any, component: str, network: nn.Module) -> Any:
+    """Returns another pipeline object with a network in the place of its own.
+
+    Two experts by noise level take the two places of a pipeline that has these, as that of Wan 2.2.
+    """
+    if "boundary_ratio" not in pipe.config:
+        return with_parts(pipe, **{component: network})
+    ratio, parts = None, {"transformer": network, "transformer_2": None}
+    pair = network.pair if isinstance(network, NoiseExperts) else None
+    if pair is not None:
+        parts, boundary = {"transformer": pair[0], "transformer_2": pair[1]}, pair[2]
+        ratio = boundary / pipe.scheduler.config.num_train_timesteps
+    other = with_parts(pipe)
+    other.register_modules(**parts)  # the index of a pipeline does not follow when a part comes about
+    other.register_to_config(boundary_ratio=ratio)
     return other
 
 

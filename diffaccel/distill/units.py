@@ -10,6 +10,7 @@ References:
     | Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364 (EDM)
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -58,6 +59,13 @@ class Units(ABC):
             sigma: Noise scales of shape (B), at least 0; not both may be 0.
         """
 
+    @abstractmethod
+    def time(self, part: Tensor) -> Tensor:
+        """Returns the time t of the straight path, (B), at a part in [0, 1] of the network's own range.
+
+        Uniform parts are uniform timesteps of the network.
+        """
+
 
 class FlowUnits(Units):
     """The straight path alpha = 1 - t, sigma = t; the network's time is offset + slope t.
@@ -77,6 +85,10 @@ class FlowUnits(Units):
         one = torch.ones_like(t)
         timestep = self.offset + self.slope * t
         return Level(timestep, 1 - t, t, one, -self.sign * one, self.sign * one, torch.zeros_like(t) > 0)
+
+    def time(self, part: Tensor) -> Tensor:
+        """Returns the part itself."""
+        return part
 
 
 class TableUnits(Units):
@@ -102,10 +114,7 @@ class TableUnits(Units):
 
     def level(self, alpha: Tensor, sigma: Tensor) -> Level:
         """Returns the level, with a timestep between 0 and T - 1."""
-        place_of = (alpha.device, alpha.dtype)
-        if place_of not in self._copies:  # a copy at each evaluation would wait for the device
-            self._copies[place_of] = self.log_ratios.to(*place_of)
-        table = self._copies[place_of]
+        table = self._table(alpha)
         wanted = (sigma / alpha).log()
         place = wanted.clamp(table[0], table[-1])
         after = torch.searchsorted(table, place).clamp(1, len(table) - 1)
@@ -117,6 +126,19 @@ class TableUnits(Units):
             self.prediction_type
         ]
         return Level(timestep, own_alpha, own_sigma, one, p, q, wanted > table[-1])
+
+    def time(self, part: Tensor) -> Tensor:
+        """Returns the time at the timestep part (T - 1), which may be broken."""
+        table = self._table(part)
+        place = part * (len(table) - 1)
+        before = place.long().clamp(0, len(table) - 2)
+        return torch.sigmoid(table[before] + (place - before) * (table[before + 1] - table[before]))
+
+    def _table(self, like: Tensor) -> Tensor:
+        place = (like.device, like.dtype)
+        if place not in self._copies:  # a copy at each evaluation would wait for the device
+            self._copies[place] = self.log_ratios.to(*place)
+        return self._copies[place]
 
 
 class EDMUnits(Units):
@@ -141,6 +163,10 @@ class EDMUnits(Units):
             c_out = -c_out
         p, q = (1 - c_skip) / c_out, -c_skip * noise / c_out
         return Level(noise.log() / 4, one, noise, 1 / norm, p, q, sigma / alpha > noise)
+
+    def time(self, part: Tensor) -> Tensor:
+        """Returns the time at sigma = 0.002 to 80, of which the logarithm goes with the part."""
+        return torch.sigmoid(math.log(0.002) + part * math.log(80 / 0.002))
 
 
 def units_of(scheduler: Any, early: tuple[float, float], late: tuple[float, float], sign: int) -> Units:

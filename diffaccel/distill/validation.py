@@ -15,11 +15,12 @@ from ..eval.reference import zoo_statistics
 from ..eval.sampler import Sampler, default_conditions
 from ..eval.scoring import reference_of
 from ..eval.statistics import Statistics, collect
-from ..pipelines.capturing import sibling
+from .assembly import averaged
 from .grid import fixed_grid
 from .health import Health, examine
 from .method import Method
 from .runs import Run, guidance_of
+from .trial import with_network, with_parts
 
 __all__ = ["Validation", "student_pipe"]
 
@@ -32,10 +33,8 @@ SHOWN, TEACHER = 10, 64
 
 def student_pipe(pipe: Any, component: str, network: nn.Module, method: Method, steps: Sequence[int]) -> Any:
     """Returns a pipeline with a student in the place of its network, and a scheduler of its grids."""
-    student = sibling(pipe)
-    setattr(student, component, network)
+    student = with_network(pipe, component, network)
     student.scheduler = fixed_grid(pipe.scheduler, [method.grid(n) for n in steps])
-    student.set_progress_bar_config(disable=True)
     return student
 
 
@@ -81,12 +80,11 @@ class Validation:
         run, signs = self.run, []
         record: dict[str, float] = {}
         teacher = self._of_teacher()
-        with run.trainer.roles["student"].averaged() as network:
+        with averaged(run.trainer, run.host.units) as network:
             pipe = student_pipe(run.pipe, run.host.component, network, run.method, run.config.steps)
             for steps in run.config.steps:
-                with run.trainer.roles["student"].denoiser.active():
-                    images = self._sample(pipe, steps, len(self.conditions) or run.config.eval_count,
-                                          guidance_of(run.pipe))  # fmt: skip
+                images = self._sample(pipe, steps, len(self.conditions) or run.config.eval_count,
+                                      guidance_of(run.pipe))  # fmt: skip
                 self.shown[f"{steps} steps"] = images[:SHOWN]
                 health = examine(images[:TEACHER], self.conditions[:TEACHER])  # as many as of the teacher
                 record |= {f"{name}/{steps}": value for name, value in health.to_dict().items()}
@@ -100,8 +98,7 @@ class Validation:
         """Returns the health of the teacher's own images, which are made once."""
         if self._teacher is None:
             store = self.run.store
-            teacher = sibling(self.run.pipe)
-            teacher.set_progress_bar_config(disable=True)
+            teacher = with_parts(self.run.pipe)
             with self.run.method.setup.teacher.active():  # a LoRA student shares its network
                 images = self._sample(teacher, int(store.settings.get("steps", 50)), TEACHER, store.guidance)
             self.shown["teacher"] = images[:SHOWN]

@@ -6,11 +6,13 @@ from .accelerator import Accelerator, option, registry, resolve
 from .apg import APG
 from .attach import Accel, accelerate, install
 from .autoregressive import ARStep
+from .condition_experts import ConditionExperts
 from .disa import StepAnnealing
 from .feynman_kac_pipeline import FeynmanKacOutput, FeynmanKacPipeline
 from .mar import MARPipeline
 from .mar_scheduler import MARScheduler
 from .mar_transformer import MARTransformer2DModel
+from .noise_experts import NoiseExperts
 from .report import Action, Report
 from .reuse import Reuse
 from .rewards import image_reward
@@ -24,6 +26,7 @@ __all__ = [
     "Accelerator",
     "Action",
     "BlockCall",
+    "ConditionExperts",
     "Evaluation",
     "FeynmanKacOutput",
     "FeynmanKacPipeline",
@@ -31,6 +34,7 @@ __all__ = [
     "MARScheduler",
     "MARTransformer2DModel",
     "ModelMixin",
+    "NoiseExperts",
     "Report",
     "Reuse",
     "Run",
@@ -47,5 +51,5 @@ __all__ = [
 ]
 
 # the file format of diffusers names the module of a component, and loads it and its base through that module
-for _component in (MARTransformer2DModel, MARScheduler):
+for _component in (MARTransformer2DModel, MARScheduler, NoiseExperts, ConditionExperts):
     _component.__module__ = __name__

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .run import denoisers_of
+from .run import denoisers_of, parameters_of
 
 __all__ = [
     "Convention",
@@ -127,7 +127,7 @@ def is_embedded(pipe: Any) -> bool:
     names = inspect.signature(type(pipe).__call__).parameters
     negative = any(name.startswith("negative") for name in names)
     inner: list[Any] = [getattr(network, "_orig_mod", network) for network in denoisers_of(pipe).values()]
-    takes = any("guidance" in inspect.signature(type(network).forward).parameters for network in inner)
+    takes = any("guidance" in parameters_of(network) for network in inner)
     distilled = any(getattr(network.config, "time_cond_proj_dim", None) is not None for network in inner)
     return distilled or (takes and not negative)
 

@@ -29,6 +29,7 @@ __all__ = [
     "denoisers_of",
     "first_input",
     "own_index",
+    "parameters_of",
 ]
 
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
@@ -134,9 +135,13 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """Returns the first argument of a network's call, given by position or by name: the noisy input."""
     if args:
         return args[0]
+    return next(kwargs[name] for name in parameters_of(module) if name in kwargs)
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a network's call; where it is several in one, those of the first."""
     inner: Any = getattr(module, "_orig_mod", module)
-    names = inspect.signature(type(inner).forward).parameters
-    return next(kwargs[name] for name in names if name in kwargs)
+    return inspect.signature(type(getattr(inner, "leading", inner)).forward).parameters
 
 
 def own_index(scheduler: Any) -> int | None:
