@@ -14,10 +14,11 @@ from torch import nn
 
 from diffaccel import zoo
 from diffaccel.distill import trial
+from diffaccel.distill.adapters import add_lora, lora_parameters
 from diffaccel.distill.card import Card
 from diffaccel.distill.export import GUIDANCE_KEY, STEPS_KEY, export, export_lora
 from diffaccel.distill.grid import Calls, Grid, scheduler_for
-from diffaccel.distill.students import add_lora, lora_parameters, prune, student_like
+from diffaccel.distill.students import prune, student_like
 from diffaccel.errors import ModelError, OptionError, UnsupportedPipeline, UnsupportedScheduler
 from diffaccel.noise import path_of, probe
 from diffaccel.pipelines import accelerate

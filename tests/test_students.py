@@ -10,8 +10,8 @@ from tiny_pipelines import fresh, make_flux, normal, unet, wan_transformer
 from torch import nn
 
 from diffaccel import zoo
-from diffaccel.distill.adapters import merged
-from diffaccel.distill.students import add_lora, lora_parameters, prune, student_like, using
+from diffaccel.distill.adapters import add_lora, lora_parameters, merged, using
+from diffaccel.distill.students import prune, student_like
 from diffaccel.errors import ModelError, OptionError
 
 DIT = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 6, "out_channels": 4,

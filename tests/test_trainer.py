@@ -158,6 +158,7 @@ def test_two_processes_make_the_course_of_one(made: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(saved[key], value, atol=1e-6, rtol=1e-5)
     with pytest.raises(CheckpointError, match="processes is 2 there and 1 here"):
         resume(tmp_path / "two")
+    assert_same(state(one), state(resume(tmp_path / "two", training=False)), 1e-5)
 
 
 def test_a_killed_run_goes_on(made: Path, tmp_path: Path) -> None:
@@ -198,6 +199,9 @@ def test_what_a_run_cannot_go_on_with(made: Path, tmp_path: Path) -> None:
     assert (
         checkpoints.find(folder) == [before] and (folder / "checkpoints" / f"damaged-{newest.name}").is_dir()
     )
+    (before / "optimizer.bin").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="damaged checkpoint"):
+        resume(folder)
     (before / "optimizer.bin").unlink()
     with pytest.raises(CheckpointError, match="damaged checkpoint"):
         resume(folder)
@@ -332,6 +336,16 @@ def test_teacher_and_pairs_have_to_fit(made: Path, tmp_path: Path) -> None:
         start(config(made, tmp_path / "run", student_changes={"num_layers": 1}))
     with pytest.raises(OptionError, match="needs pairs=FOLDER"):
         start(config(made, tmp_path / "run", pairs=""))
+    with pytest.raises(OptionError, match="in_channels is 8, and 4 in the teacher"):
+        start(config(made, tmp_path / "run", student="random", student_changes={"in_channels": 8}))
+    with pytest.raises(OptionError, match="no optimizer 'LBFGS'"):
+        start(config(made, tmp_path / "run", optimizer="LBFGS"))
+    with pytest.raises(OptionError, match="steps must be different numbers"):
+        config(made, tmp_path / "run", steps=[1, 1])
+    with pytest.raises(OptionError, match="eval_count=1"):
+        config(made, tmp_path / "run", eval_count=1)
+    with pytest.raises(OptionError, match="tracker='nothing'"):
+        start(config(made, tmp_path / "run", tracker="nothing"))
     assert runs.checkpoints.find(tmp_path / "run") == []
 
 

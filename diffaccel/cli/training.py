@@ -56,7 +56,7 @@ def leave(folder: Path, out: Path, dtype: str, lora: bool, overwrite: bool) -> s
     """Writes the student of a run as a pipeline folder, and returns one line on it."""
     check_options("cpu", dtype, None, None)
     with silence([]):
-        made = export_run(resume(folder), out, getattr(torch, dtype), lora, overwrite)
+        made = export_run(resume(folder, training=False), out, getattr(torch, dtype), lora, overwrite)
     size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     return f"{made}: {size / 2**20:.1f} MiB"
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointError", "find", "load", "save"]
 
 FOLDER, STATE = "checkpoints", "trainer.json"
+ELSEWHERE = ("precision", "processes")
+"""What may be otherwise where a student is only exported."""
+
 _DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, EOFError, UnpicklingError)
 """What PyTorch and accelerate raise for files that are not what they were."""
 
@@ -72,8 +75,13 @@ def save(trainer: "Trainer", keep: int) -> Path:
     return final
 
 
-def load(trainer: "Trainer", folder: Path) -> None:
+def load(trainer: "Trainer", folder: Path, training: bool = True) -> None:
     """Returns to a saved state.
+
+    Arguments:
+        trainer: The trainer.
+        folder: The checkpoint.
+        training: Whether it is to be trained on; if not, `ELSEWHERE` may differ.
 
     Raises:
         CheckpointError: If it is not there or damaged, or of other settings or another number of processes.
@@ -81,7 +89,7 @@ def load(trainer: "Trainer", folder: Path) -> None:
     if not (folder / STATE).is_file():
         raise CheckpointError(f"no checkpoint {str(folder)!r}; expected a folder with a {STATE}")
     state = read_object(folder / STATE, CheckpointError)
-    _compare(trainer.facts, state.get("facts"), folder)
+    _compare(trainer.facts, state.get("facts"), folder, () if training else ELSEWHERE)
     if not (folder / f"random_states_{trainer.accelerator.process_index}.pkl").is_file():
         raise CheckpointError(f"{str(folder)!r} lacks the random state of a process")
     try:
@@ -96,10 +104,10 @@ def load(trainer: "Trainer", folder: Path) -> None:
         ) from error
 
 
-def _compare(own: Mapping[str, Any], saved: Any, folder: Path) -> None:
+def _compare(own: Mapping[str, Any], saved: Any, folder: Path, ignored: Sequence[str]) -> None:
     if not isinstance(saved, Mapping):
         raise CheckpointError(f"{str(folder)!r} does not say what run it is of")
-    for key in sorted({*own, *saved}):
+    for key in sorted({*own, *saved} - {*ignored}):
         if own.get(key) != saved.get(key):
             raise CheckpointError(
                 f"{str(folder)!r} is a checkpoint of another run: {key} is {saved.get(key)!r} there and "

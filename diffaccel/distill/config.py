@@ -100,6 +100,10 @@ class Config:
         steps = self.steps
         if not isinstance(steps, (list, tuple)) or not all(type(n) is int and n > 0 for n in steps):
             raise OptionError(f"steps must be a list of numbers above 0, not {steps!r}")
+        if not steps or len(set(steps)) < len(steps):
+            raise OptionError(f"steps must be different numbers, at least one, not {steps!r}")
+        if self.eval_count == 1:
+            raise OptionError("eval_count=1: the health of one image cannot be told; 0 measures nothing")
         if self.lora_rank and self.student_changes:
             raise OptionError("lora_rank and student_changes exclude each other")
         self.make_method()

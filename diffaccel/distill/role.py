@@ -151,7 +151,11 @@ def optimizer_of(name: str, parameters: list[nn.Parameter], lr: float,
     Raises:
         OptionError: If there is none of this name, or it does not take the options.
     """
-    known = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+    known = [
+        key
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and key not in ("LBFGS", "Optimizer")
+    ]  # that takes a closure
     kind: Any = getattr(torch.optim, name, None) if name in known else None
     if kind is None:
         try:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from .config import Config, merge
 from .data import PairData
 from .denoiser import Denoiser
 from .export import export, export_lora
+from .grid import fixed_grid
 from .host import Host
 from .method import Method, Setup
 from .pair_store import PairStore
-from .students import prune, student_like
+from .students import check_border, prune, student_like
 from .trainer import Trainer
 from .units import Units
 
@@ -81,16 +83,18 @@ def start(config: Config) -> Run:
     if run.trainer.accelerator.is_main_process:
         _write(config, folder)
         (folder / "log.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(folder / "raw", ignore_errors=True)  # of a run that came to no checkpoint
     run.trainer.accelerator.wait_for_everyone()
     return run
 
 
-def resume(folder: Path, overrides: tuple[str, ...] = ()) -> Run:
+def resume(folder: Path, overrides: tuple[str, ...] = (), training: bool = True) -> Run:
     """Goes on with a run from its newest checkpoint that can be read.
 
     Arguments:
         folder: The folder of the run.
         overrides: Settings that do not decide the course, as ``key=value``.
+        training: Whether it is to be trained on; if not, any number of processes, on any device, will do.
 
     Raises:
         CheckpointError: If there is no checkpoint that can be read, or it is of other settings.
@@ -99,22 +103,25 @@ def resume(folder: Path, overrides: tuple[str, ...] = ()) -> Run:
     if not found:
         raise CheckpointError(f"no checkpoint in {str(folder)!r}; expected the folder of a run")
     config = read_config(folder)
-    changed = merge(asdict(config), overrides, run=str(folder))
+    settings = asdict(config) if training else {**asdict(config), "precision": "no"}
+    changed = merge(settings, overrides, run=str(folder))
     problems = []
     for checkpoint in found:
         run = _build(changed, folder)  # anew, since a damaged checkpoint may leave it half loaded
         try:
-            checkpoints.load(run.trainer, checkpoint)
+            checkpoints.load(run.trainer, checkpoint, training)
         except CheckpointError as error:
             if "another run" in str(error):
                 raise
             problems.append(str(error))
             continue
-        if run.trainer.accelerator.is_main_process:
+        if training and run.trainer.accelerator.is_main_process:
             _write(changed, folder)
             _cut_log(folder / "log.jsonl", run.trainer.images)
             for later in found[: found.index(checkpoint)]:  # damaged; the name is needed again
-                later.rename(later.with_name(f"damaged-{later.name}"))
+                damaged = later.with_name(f"damaged-{later.name}")
+                shutil.rmtree(damaged, ignore_errors=True)
+                later.rename(damaged)
         return run
     raise CheckpointError("; ".join(problems))
 
@@ -207,9 +214,14 @@ def _build(config: Config, folder: Path) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    accelerator = Accelerator(
-        mixed_precision=config.precision, log_with=config.tracker or None, project_dir=folder
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision, log_with=config.tracker or None, project_dir=folder
+        )
+    except (ValueError, ImportError) as error:
+        raise OptionError(
+            f"accelerate refuses precision={config.precision!r}, tracker={config.tracker!r}: {error}"
+        ) from error
     with zoo.folders.quiet([]):
         pipe: Any = zoo.load_pipeline(config.teacher)
     digest = model_digest(pipe)
@@ -219,6 +231,7 @@ def _build(config: Config, folder: Path) -> Run:
         raise OptionError(f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}")
     folder.mkdir(parents=True, exist_ok=True)
     method = _begun(config, host, store, accelerator.device)
+    fixed_grid(pipe.scheduler, [method.grid(n) for n in config.steps])  # raises now, not after the training
     course = (*_COURSE, "steps") if method.bound else _COURSE
     facts = {**{key: asdict(config)[key] for key in course}, "teacher": digest, "pairs": store.digest}
     data = PairData(store, host, config.seed, accelerator.device, method.conditions)
@@ -261,6 +274,7 @@ def _student(config: Config, host: Host) -> Any:
         return copy.deepcopy(teacher).requires_grad_(True)
     if config.student in ("random", "pruned"):
         student = student_like(teacher, **config.student_changes)
+        check_border(teacher, student)
         if config.student == "pruned":
             prune(teacher, student)
         return student.requires_grad_(True)

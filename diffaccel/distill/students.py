@@ -28,9 +28,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..errors import ModelError, OptionError, closest
-from .adapters import add_lora, lora_parameters, using
 
-__all__ = ["Inherited", "add_lora", "lora_parameters", "prune", "student_like", "using"]
+__all__ = ["Inherited", "check_border", "prune", "student_like"]
 
 _BORDER = ("in_channels", "out_channels", "patch_size")
 _LEVELS = ("down_blocks", "up_blocks")
@@ -42,6 +41,18 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ZeroDivis
 
 Rules = dict[str, dict[int, Tensor]]
 """For the names of tensors, by dimension, what is kept of the teacher's."""
+
+
+def check_border(teacher: Any, student: Any) -> None:
+    """Checks that a student takes and makes what its teacher does.
+
+    Raises:
+        OptionError: If not.
+    """
+    for key in _BORDER:
+        theirs, own = (getattr(network.config, key, None) for network in (teacher, student))
+        if theirs != own:
+            raise OptionError(f"{key} is {own}, and {theirs} in the teacher; only inner sizes may differ")
 
 
 def student_like(network: nn.Module, /, seed: int = 0, **changes: Any) -> Any:
@@ -133,10 +144,7 @@ def prune(
     """
     if type(teacher) is not type(student):
         raise ModelError(f"a {type(student).__name__} cannot inherit from a {type(teacher).__name__}")
-    for key in _BORDER:
-        theirs, own = (getattr(network.config, key, None) for network in (teacher, student))
-        if theirs != own:
-            raise OptionError(f"{key} is {own}, and {theirs} in the teacher; only inner sizes may differ")
+    check_border(teacher, student)
     wanted, kept = dict(layers or {}), dict[str, tuple[int, ...]]()
     pairs = list(_pairs(_Pair("", student, "", teacher), wanted, kept))
     for name in wanted:

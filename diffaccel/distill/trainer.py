@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ __all__ = ["Trainer"]
 
 PATIENCE = 10
 """Updates in a row without a finite gradient, after which a run ends."""
+
+SCALES = 16
+"""How often fp16 may halve the scale of its loss besides: from 2^16 to 1."""
 
 
 class Trainer:
@@ -121,9 +125,10 @@ class Trainer:
         self._losses.setdefault(f"{turn}/gradient", []).append(norm if finite else torch.zeros_like(norm))
         self._bad = 0 if finite else self._bad + 1
         self.skipped += not finite
-        if self._bad >= PATIENCE:
+        patience = PATIENCE if self.accelerator.scaler is None else PATIENCE + SCALES
+        if self._bad >= patience:
             raise DiffaccelError(
-                f"{PATIENCE} gradients of {turn!r} in a row are not finite after {self.images} images; try a "
+                f"{patience} gradients of {turn!r} in a row are not finite after {self.images} images; try a "
                 f"smaller lr than {self.config.lr:g}; the checkpoints are in {str(self.run)!r}"
             )
 
@@ -184,7 +189,8 @@ class Trainer:
         parts = zip(self._losses.values(), updates, strict=True)
         sums = torch.stack([torch.stack(part).sum().float() / count for part, count in parts])
         found = self.accelerator.reduce(sums, "mean")
-        means = dict(zip(self._losses, found.tolist(), strict=True))
+        means = {name: value if math.isfinite(value) else None
+                 for name, value in zip(self._losses, found.tolist(), strict=True)}  # fmt: skip
         self._losses.clear()
         self.seconds += now - self._since
         self.log({**means, "lr": self.config.learning_rate(self.images), "skipped": self.skipped,
