@@ -151,11 +151,11 @@ def optimizer_of(name: str, parameters: list[nn.Parameter], lr: float,
     Raises:
         OptionError: If there is none of this name, or it does not take the options.
     """
+    if name.lower() == "lbfgs":
+        raise OptionError(f"{name} evaluates the loss several times an update, which is not done here")
     known = [
-        key
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and key not in ("LBFGS", "Optimizer")
-    ]  # that takes a closure
+        key for key, value in vars(torch.optim).items() if isinstance(value, type) and key != "Optimizer"
+    ]
     kind: Any = getattr(torch.optim, name, None) if name in known else None
     if kind is None:
         try:
