@@ -349,6 +349,11 @@ def test_teacher_and_pairs_have_to_fit(made: Path, tmp_path: Path) -> None:
     assert runs.checkpoints.find(tmp_path / "run") == []
 
 
+def test_no_is_a_word_and_not_a_truth_value() -> None:
+    """YAML takes it for False."""
+    assert merge({}, ("precision=no",)).precision == "no"
+
+
 def test_two_processes_take_both_terms_of_one_student(made: Path, tmp_path: Path) -> None:
     """SlimFlow evaluates the student twice an update: on two processes the course is that of one, too."""
     changes = {"method": "slimflow", "optimizer": "SGD", "lr": 1e-6, "log_images": 4, "ema_images": 0,

@@ -165,6 +165,8 @@ def merge(settings: Mapping[str, Any], overrides: Sequence[str] = (), **fixed: A
     for key, value in fixed.items():
         if merged.setdefault(key, value) != value:
             raise OptionError(f"{key} is {merged[key]!r} in the settings, but {value!r} was asked for")
+    if merged.get("precision") is False:  # what YAML 1.1 takes no for
+        merged["precision"] = "no"
     check_names(Config, merged, "the configuration")
     return Config(**{key: _number(value) for key, value in merged.items()})
 
