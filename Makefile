@@ -10,10 +10,10 @@ demo: $(STAMP)
 	$(BIN)/diffaccel demo --out out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 tests -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -105,7 +105,7 @@ def trajectory(kind, score, x, times):
     return x
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("flow", 800), ("vp", 1500)])
+@pytest.mark.parametrize(("kind", "steps"), [("flow", 800), ("vp", 2000)])
 def test_learned_scores(kind, steps):
     """Check D at s = 0.5: errors of the score and of trajectories below 0.04; wrong targets are far off."""
     source, batch, networks = torch.Generator().manual_seed(1), 384, Networks(3)
