@@ -53,3 +53,4 @@ for words in "${list[@]}"; do
     rows+=("$name=$out/export-$name:$steps")
 done
 python benchmarks/students.py measure "${rows[@]}" --device "$device" --work "$out/measured"
+python benchmarks/students.py tables
