@@ -22,7 +22,8 @@ from diffaccel.distill.data import Batch
 from diffaccel.distill.draws import Draws
 from diffaccel.distill.method import Method
 from diffaccel.distill.pairs import make_pairs
-from diffaccel.distill.runs import Run, resume, start
+from diffaccel.distill.runs import Run, export_run, resume, start
+from diffaccel.distill.validation import Validation
 from diffaccel.errors import DiffaccelError, OptionError
 from diffaccel.options import option
 
@@ -347,6 +348,20 @@ def test_teacher_and_pairs_have_to_fit(made: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="tracker='nothing'"):
         start(config(made, tmp_path / "run", tracker="nothing"))
     assert runs.checkpoints.find(tmp_path / "run") == []
+
+
+def test_the_size_of_the_pairs_is_that_of_the_run(tmp_path: Path) -> None:
+    """Training, validation and export call the pipeline as the pairs were made."""
+    pipe = TINY["sd"].build()
+    pipe.save_pretrained(tmp_path / "teacher")
+    make_pairs(tmp_path / "pairs", pipe, ["a red boot"], count=8, steps=2, guidance=2.0, batch=4,
+               options={"height": 16, "width": 16})  # fmt: skip
+    run = start(config(tmp_path, tmp_path / "run", images=8, eval_count=2, steps=[1]))
+    assert run.host.shape == (4, 8, 8)
+    validation = Validation(run)
+    run.trainer.fit(validate=validation)
+    assert validation.shown["teacher"].shape == validation.shown["1 steps"].shape == (2, 3, 16, 16)
+    export_run(run, tmp_path / "out")
 
 
 def test_no_is_a_word_and_not_a_truth_value() -> None:

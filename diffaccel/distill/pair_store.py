@@ -60,6 +60,11 @@ class PairStore:
         return int(self.settings["count"])
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of the teacher's calls, as height and width."""
+        return dict(self.settings.get("options") or {})
+
+    @property
     def digest(self) -> str:
         """The SHA-256 of settings and checksums: it tells these pairs from any others."""
         sums = [entry["sha256"] for entry in self._listed]

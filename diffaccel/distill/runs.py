@@ -155,6 +155,7 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         "figures": run.trainer.figures, "limits": f"trained for {', '.join(map(str, config.steps))} steps",
     }  # fmt: skip
     options: dict[str, Any] = {
+        "options": run.store.options,
         "guidance": guidance_of(run.pipe), "card": card, "dtype": dtype, "overwrite": overwrite,
         "conditions": _tried(run),
     }  # fmt: skip
@@ -226,7 +227,7 @@ def _build(config: Config, folder: Path) -> Run:
         pipe: Any = zoo.load_pipeline(config.teacher)
     digest = model_digest(pipe)
     pipe.to(accelerator.device)
-    host = Host(pipe)
+    host = Host(pipe, store.options)
     if host.shape != store.shape:
         raise OptionError(f"the pairs have samples {store.shape}, but {config.teacher!r} makes {host.shape}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,22 +53,12 @@ class Student:
     options: Mapping[str, Any]
 
 
-class _Sampler(Sampler):
-    """Gives further arguments to the pipeline."""
-
-    options: Mapping[str, Any]
-
-    def _call(self, arguments: dict[str, Any]) -> Tensor:
-        return super()._call({**arguments, **self.options})
-
-
 def images(student: Student, pipe: Any) -> Made:
     """Returns what a pipeline makes of a student's conditions, always of the same noise."""
     made: Made = {}
     for steps in map(len, student.grids):
-        sampler = _Sampler(pipe, student.conditions, steps, student.guidance, seed=0,
-                           count=max(2, len(student.conditions)))  # fmt: skip
-        sampler.options = student.options
+        sampler = Sampler(pipe, student.conditions, steps, student.guidance, seed=0,
+                          count=max(2, len(student.conditions)), options=student.options)  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(0)  # some pipelines do not give their generator to the scheduler
             made[steps] = sampler().float().cpu(), noise.path_of(pipe.scheduler)

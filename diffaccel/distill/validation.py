@@ -107,5 +107,6 @@ class Validation:
 
     def _sample(self, pipe: Any, steps: int, count: int, guidance: float | None) -> Tensor:
         guided = "guidance_scale" in inspect.signature(pipe.__call__).parameters
-        sampler = Sampler(pipe, self.conditions[:count], steps, guidance if guided else None, SEED, count)
+        sampler = Sampler(pipe, self.conditions[:count], steps, guidance if guided else None, SEED, count,
+                          self.run.store.options)  # fmt: skip
         return sampler(steps, 64)

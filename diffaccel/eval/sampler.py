@@ -42,14 +42,15 @@ class Sampler:
             for, or the default of its call.
         seed: The seed of the first image's noise; the next image has the next one.
         count: The number of images of an unconditional pipeline.
+        options: Further arguments of each call, as height and width.
 
     Raises:
         OptionError: If the conditions are not what the pipeline takes.
     """
 
     def __init__(self, pipe: Any, conditions: Sequence[str], steps: int, guidance: float | None, seed: int,
-                 count: int = 1) -> None:  # fmt: skip
-        self.pipe, self.steps, self.seed = pipe, steps, seed
+                 count: int = 1, options: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+        self.pipe, self.steps, self.seed, self.options = pipe, steps, seed, dict(options or {})
         self.reports: list[tuple[int, Any]] = []
         """The sizes and reports of the batches of the last call, if the pipeline is accelerated."""
         self.conditions = list(conditions)
@@ -120,7 +121,7 @@ class Sampler:
 
     def _call(self, arguments: dict[str, Any]) -> torch.Tensor:
         with refusals(self.pipe):
-            return torch.as_tensor(self.pipe(**arguments)[0])
+            return torch.as_tensor(self.pipe(**arguments, **self.options)[0])
 
 
 def _needed(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
