@@ -89,9 +89,7 @@ def _write(run: Run, validation: Validation, latest: dict[str, Any]) -> None:
     """Writes the grid of samples, the record and the report; ``latest`` is not in the log yet."""
     log = run.folder / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    if latest:
-        rows.append({"images": run.trainer.images, **latest})
+    rows = [*map(json.loads, lines), {"images": run.trainer.images, **latest}]
     settings = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     record = {"kind": "distill", "settings": settings, "log": rows}
     grid = draw_grid(list(validation.shown.items()), validation.conditions[:10])

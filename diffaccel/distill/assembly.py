@@ -12,7 +12,7 @@ from ..errors import OptionError
 from ..pipelines import ConditionExperts, NoiseExperts
 from ..pipelines.routed import BUILT, Member, Routed
 from ..pipelines.switching import insert_adapter
-from .adapters import merged
+from .adapters import lora_parameters, merged
 from .fixed_guidance import fix_guidance
 from .grid import Grid
 from .method import Expert
@@ -128,15 +128,14 @@ def settled(network: nn.Module, adapter: str | None, guidance: float | None = No
         guidance: The guidance scale that it was trained with, see `fix_guidance`.
         apart: Whether each expert is to have a network of its own, though they are adapters of one.
     """
-    state = merged(network, adapter)
     if not isinstance(network, Routed):
-        return _plain(network, state, guidance)
+        return _plain(network, merged(network, adapter), guidance)
     rest = {key: network.config[key] for key in _settings(network)}
     if network.config["adapters"] and (apart or len(network.networks) > 1):
         pairs = [(network.networks[place], name) for place, name in network.members]
         alone = [_plain(part, merged(part, name or None), guidance) for part, name in pairs]
         return type(network).of([(part, None) for part in alone], **rest)
-    plain = []
+    plain, state = [], merged(network, adapter)
     for place, part in enumerate(network.networks):
         start = f"networks.{place}."
         own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
@@ -166,6 +165,5 @@ def _inject(network: nn.Module, name: str, settings: dict[str, Any], start: str,
     like = next(network.parameters())
     insert_adapter(network, name, settings)
     nn.Module.to(network, like.device, like.dtype).eval().requires_grad_(False)
-    for key, value in network.named_parameters():
-        if f".{name}." in key and ".lora_" in key:
-            value.copy_(whole[start + key])
+    for key, value in lora_parameters(network, name).items():
+        value.copy_(whole[start + key])

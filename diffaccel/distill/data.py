@@ -103,7 +103,8 @@ class PairData:
     def _among(self, wanted: tuple[Condition, ...]) -> Sequence[int]:
         """Returns the pairs with some conditions."""
         if wanted not in self._places:
-            known = [condition in set(wanted) for condition in self.store.conditions]
+            own = set(wanted)
+            known = [condition in own for condition in self.store.conditions]
             self._places[wanted] = [n for n in range(len(self.store)) if known[n % len(known)]]
         if not self._places[wanted]:
             raise OptionError(f"no pairs of the conditions {wanted[:8]}")

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,7 @@ def _build(config: Config, folder: Path) -> Run:
 def _begun(config: Config, host: Host, store: PairStore, device: torch.device) -> Method:
     """Returns the method with its networks."""
     method, teacher = config.make_method(), host.network.requires_grad_(False)
-    student, adapter = _student(config, host), STUDENT if config.lora_rank else None
+    student, adapter = _student(config, host, store.options), STUDENT if config.lora_rank else None
     method.begin(Setup(
         host, Denoiser(teacher, host.units, "" if config.lora_rank else None),
         Denoiser(student.to(device), host.units, adapter), store.guidance, config.images,
@@ -263,7 +264,7 @@ def _checkpoint(network: Any) -> None:
     network.enable_gradient_checkpointing()
 
 
-def _student(config: Config, host: Host) -> Any:
+def _student(config: Config, host: Host, options: Mapping[str, Any]) -> Any:
     """Returns the student's network."""
     teacher = host.network
     if config.lora_rank:
@@ -275,16 +276,15 @@ def _student(config: Config, host: Host) -> Any:
         return copy.deepcopy(teacher).requires_grad_(True)
     if config.student in ("random", "pruned"):
         student = student_like(teacher, **config.student_changes)
-        check_border(teacher, student)
-        if config.student == "pruned":
-            prune(teacher, student)
+        check = prune if config.student == "pruned" else check_border
+        check(teacher, student)
         return student.requires_grad_(True)
     with zoo.folders.quiet([]):
         other: Any = zoo.load_pipeline(config.student)
     network: Any = getattr(other, host.component, None)
-    if not isinstance(network, nn.Module) or Host(other).shape != host.shape:
+    there = Host(other, options) if isinstance(network, nn.Module) else None
+    if there is None or there.shape != host.shape:
         raise ModelError(f"{config.student!r} has no {host.component!r} for samples {host.shape}")
-    there = Host(other)
     network = there.network  # of two by noise level, both
     if type(network) is not type(host.network) or not _agree(there.units, host.units):
         raise ModelError(
