@@ -25,15 +25,19 @@ from diffaccel.distill.walk import ScoreTimes, walk
 from diffaccel.errors import OptionError
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with tiny teachers and 24 pairs of each."""
-    folder = tmp_path_factory.mktemp("dmd2")
+def teachers(folder):
+    """Writes tiny teachers and 24 pairs of each into a folder, and returns it."""
     for name, conditions in (("dit", [0, 1, 2]), ("sd", ["a red boot", "a shirt"])):
         pipe = TINY[name].build()
         pipe.save_pretrained(folder / name)
         make_pairs(folder / f"{name}-pairs", pipe, conditions, count=24, steps=2, guidance=2.0, batch=8)
     return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with tiny teachers and 24 pairs of each."""
+    return teachers(tmp_path_factory.mktemp("dmd2"))
 
 
 def config(made, run, teacher="dit", **changes):

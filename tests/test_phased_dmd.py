@@ -7,9 +7,9 @@ from dataclasses import asdict
 import pytest
 import torch
 from forking import together
-from test_dmd2 import assert_same, fit_and_save, gradients, turn, weights
+from test_dmd2 import assert_same, fit_and_save, gradients, teachers, turn, weights
+from test_dmd2 import config as dmd2_config
 from test_matching import double, levels
-from tiny_pipelines import TINY
 from torch import nn
 
 from diffaccel.distill.config import merge
@@ -26,7 +26,6 @@ from diffaccel.distill.matching import (
     surrogate,
     transition,
 )
-from diffaccel.distill.pairs import make_pairs
 from diffaccel.distill.phased_dmd import phases_of
 from diffaccel.distill.runs import resume, start
 from diffaccel.distill.walk import walk
@@ -36,21 +35,11 @@ from diffaccel.errors import OptionError
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with tiny teachers and 24 pairs of each."""
-    folder = tmp_path_factory.mktemp("phased")
-    for name, conditions in (("dit", [0, 1, 2]), ("sd", ["a red boot", "a shirt"])):
-        pipe = TINY[name].build()
-        pipe.save_pretrained(folder / name)
-        make_pairs(folder / f"{name}-pairs", pipe, conditions, count=24, steps=2, guidance=2.0, batch=8)
-    return folder
+    return teachers(tmp_path_factory.mktemp("phased"))
 
 
 def config(made, run, teacher="dit", **changes):
-    settings = {
-        "method": "phased-dmd", "teacher": str(made / teacher), "pairs": str(made / f"{teacher}-pairs"),
-        "run": str(run), "images": 16, "batch": 4, "warmup_images": 0, "ema_images": 8, "eval_count": 0,
-        "log_images": 4, "lr": 1e-4, "steps": [4], **changes,
-    }  # fmt: skip
-    return merge({**settings, "options": {"ratio": 2, **changes.get("options", {})}})
+    return dmd2_config(made, run, teacher, **{"method": "phased-dmd", "images": 16, **changes})
 
 
 # ---------------------------------------------------------------- learned scores

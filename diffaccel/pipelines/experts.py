@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import UnsupportedPipeline
 from ..noise import Path
 from .accelerator import Proceed
 from .capturing import Captured, first_evaluation, sibling, with_inputs
+from .rows import gather_rows
 from .run import Evaluation
 from .unguided import arguments_of, unguided
 
@@ -123,20 +123,7 @@ class Experts:
             captured = self._captured.get(numbers[0])
             parts.append(proceed(part) if captured is None else _evaluate(captured.call, part, proceed))
             order += rows
-        return _joined(parts, torch.as_tensor(order).argsort())
-
-
-def _joined(parts: Sequence[Any], order: Tensor) -> Any:
-    """Returns outputs of networks, packed as the first of them, as one: the rows of all in another order."""
-    leaves = [pytree.tree_leaves(part) for part in parts]
-    shapes = {tuple(leaf.shape[1:] for leaf in own) for own in leaves}
-    if len(shapes) > 1:
-        raise UnsupportedPipeline(f"the networks of the experts have outputs of different shapes: {shapes}")
-    whole = [
-        torch.cat([leaf.to(same[0]) for leaf in same])[order.to(same[0].device)]
-        for same in zip(*leaves, strict=True)
-    ]
-    return pytree.tree_unflatten(whole, pytree.tree_structure(parts[0]))
+        return gather_rows(parts, order)
 
 
 def _blanked(captured: Captured) -> Captured:

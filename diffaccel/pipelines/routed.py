@@ -17,12 +17,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from ..errors import ModelError, OptionError
 from ..files import read_object
-from .rows import take_rows
+from .rows import gather_rows, take_rows
 from .switching import check_adapter, insert_adapter, peft_library, using
 
 __all__ = ["BUILT", "Member", "Routed", "described"]
@@ -210,7 +209,7 @@ class Routed(ModelMixin, ConfigMixin):
             named = {name: take_rows(value, index, size, name) for name, value in kwargs.items()}
             parts.append(self._call(place, some, named))
             order += index
-        return _scattered(parts, order)
+        return gather_rows(parts, order)
 
     @torch.compiler.disable
     def _places(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[int]:
@@ -282,24 +281,3 @@ def _plain(network: Any, name: str) -> dict[str, Any]:
     for key in ("base_model_name_or_path", "inference_mode", "peft_version"):  # no settings of a LoraConfig
         changed.pop(key, None)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in changed.items()}
-
-
-def _scattered(parts: Sequence[Any], order: Sequence[int]) -> Any:
-    """Returns the outputs of some rows each as one, packed as a network packs its output.
-
-    Arguments:
-        parts: The outputs.
-        order: The rows of all of them, one output after the other.
-    """
-    structure = pytree.tree_flatten(parts[0])[1]
-    size = len(order)
-    inverse = sorted(range(size), key=order.__getitem__)
-
-    def joined(leaves: tuple[Any, ...]) -> Any:
-        if not isinstance(leaves[0], Tensor):
-            return leaves[0]
-        whole = torch.cat(leaves)
-        return whole[torch.tensor(inverse, device=whole.device)]
-
-    columns = zip(*(pytree.tree_leaves(part) for part in parts), strict=True)
-    return pytree.tree_unflatten([joined(leaves) for leaves in columns], structure)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["join_rows", "merge_rows", "rows_of", "take_rows"]
+from ..errors import UnsupportedPipeline
+
+__all__ = ["gather_rows", "join_rows", "merge_rows", "rows_of", "take_rows"]
 
 _SHARED = {"freqs_cis", "image_rotary_emb", "img_ids", "latent_ids", "rope_interpolation_scale", "rotary_emb",
            "txt_ids"}  # fmt: skip
@@ -99,3 +101,30 @@ def _merge(old: Any, new: Any, index: Sequence[int], size: int) -> Any:
     if isinstance(old, Tensor) and old.ndim > 0 and len(old) == size:
         return old.index_copy(0, torch.as_tensor(index, device=old.device), new)
     return new
+
+
+def gather_rows(parts: Sequence[Any], order: Sequence[int]) -> Any:
+    """Returns a network's outputs for some rows each as one, packed as the first of them.
+
+    Arguments:
+        parts: The outputs.
+        order: The rows of all of them, one output after the other.
+
+    Raises:
+        UnsupportedPipeline: If the outputs have different shapes.
+    """
+    leaves = [pytree.tree_leaves(part) for part in parts]
+    shapes = {tuple(leaf.shape[1:] for leaf in own if isinstance(leaf, Tensor)) for own in leaves}
+    if len(shapes) > 1:
+        raise UnsupportedPipeline(f"the networks of the experts have outputs of different shapes: {shapes}")
+    inverse = torch.as_tensor(order).argsort()
+
+    def gathered(same: tuple[Any, ...]) -> Any:
+        first = same[0]
+        if not isinstance(first, Tensor):
+            return first
+        return torch.cat([leaf.to(first) for leaf in same])[inverse.to(first.device)]
+
+    return pytree.tree_unflatten(
+        [gathered(same) for same in zip(*leaves, strict=True)], pytree.tree_structure(parts[0])
+    )
