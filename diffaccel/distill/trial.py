@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .. import noise
 from ..errors import ModelError
@@ -59,10 +60,22 @@ def images(student: Student, pipe: Any) -> Made:
     for steps in map(len, student.grids):
         sampler = Sampler(pipe, student.conditions, steps, student.guidance, seed=0,
                           count=max(2, len(student.conditions)), options=student.options)  # fmt: skip
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _SameNoise():
             torch.manual_seed(0)  # some pipelines do not give their generator to the scheduler
             made[steps] = sampler().float().cpu(), noise.path_of(pipe.scheduler)
     return made
+
+
+class _SameNoise(TorchFunctionMode):
+    """Draws noise of all types in float32: that of a half type is other noise in some versions of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls a function of torch."""
+        options = dict(kwargs or {})
+        dtype = options.get("dtype")
+        if func is not torch.randn or dtype not in (torch.float16, torch.bfloat16):
+            return func(*args, **options)
+        return func(*args, **{**options, "dtype": torch.float32}).to(dtype)
 
 
 class _Recording(FixedGridScheduler):
