@@ -341,7 +341,7 @@ def test_adapters_as_files(tmp_path):
     for name, p in pipe.unet.named_parameters():
         assert p.requires_grad == before[name][0] and torch.equal(p, before[name][1])
     assert sorted(file.name for file in folder.iterdir()) == [
-        "README.md", "pytorch_lora_weights.safetensors", "scheduler"
+        "README.md", "pytorch_lora_weights.safetensors", "scheduler", "student.json"
     ]  # fmt: skip
     text = (folder / "README.md").read_text()
     for words in ('from_pretrained("somebody/teacher")', 'load_lora_weights("lora")', "guidance_scale=1)",

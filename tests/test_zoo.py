@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffaccel import zoo
-from diffaccel.errors import ModelError
+from diffaccel.errors import ModelError, OptionError
+from diffaccel.eval.classifier import predict
 from diffaccel.zoo import fashion
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +42,10 @@ def edit_json(file, **changes):
 
 
 def test_names_and_size():
-    assert {"tiny-fashion-dit", "tiny-fashion-mar", "tiny-fashion-sd"} <= set(zoo.names())
+    students = {f"tiny-fashion-dit-{name}" for name in ("2rf", "slimflow", "dmd2", "phased-dmd")}
+    assert {"tiny-fashion-dit", "tiny-fashion-mar", "tiny-fashion-sd"} | students <= set(zoo.names())
     folder = Path(zoo.__file__).parent
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 60e6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 80e6
     for name in zoo.names():
         assert (zoo.path(name) / "README.md").is_file()
 
@@ -58,6 +60,41 @@ def test_two_steps(name):
     ).images
     assert images.shape == (2, 32, 32, 3)
     assert abs(images[0] - images[1]).max() > 0.1  # not blank, and the condition matters
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("2rf", 1), ("2rf", 4), ("slimflow", 1), ("dmd2", 4), ("phased-dmd", 4)]
+)
+def test_students(name, steps):
+    """Students make the class that they are asked for; experts, by no grid but their own."""
+    pipe = zoo.load(f"tiny-fashion-dit-{name}")
+    pipe.set_progress_bar_config(disable=True)
+    generator, labels = torch.Generator().manual_seed(0), [0, 1, 2, 3, 5, 7, 8, 9]
+    images = torch.from_numpy(
+        pipe(labels, num_inference_steps=steps, guidance_scale=1, generator=generator, output_type="np")[0]
+    ).movedim(-1, 1)
+    assert (predict(images).class_logits.argmax(1) == torch.tensor(labels)).sum() >= 7
+    if name == "phased-dmd":
+        with pytest.raises(OptionError, match="trained for 4 steps, not for 3"):
+            pipe(labels, num_inference_steps=3, guidance_scale=1)
+
+
+def test_a_folder_of_adapters(tmp_path):
+    """It is loaded with what it changes; one that names nothing, or has lost a file, is an error."""
+    folder = shutil.copytree(zoo.path("tiny-fashion-dit-phased-dmd"), tmp_path / "it")
+    pipe = zoo.load_pipeline(folder, torch.float16)
+    assert type(pipe.transformer).__name__ == "NoiseExperts" and pipe.transformer.dtype == torch.float16
+    assert type(pipe.scheduler).__name__ == "FixedGridScheduler"
+    edit_json(folder / "student.json", base="tiny-fashion-dot")
+    with pytest.raises(ModelError, match="did you mean 'tiny-fashion-dit"):
+        zoo.load_pipeline(folder)
+    edit_json(folder / "student.json", base=1)
+    with pytest.raises(ModelError, match="names no base"):
+        zoo.load_pipeline(folder)
+    edit_json(folder / "student.json", base="tiny-fashion-dit")
+    (folder / "scheduler/scheduler_config.json").unlink()
+    with pytest.raises(ModelError, match="scheduler_config"):
+        zoo.load_pipeline(folder)
 
 
 def test_color_follows_the_prompt():

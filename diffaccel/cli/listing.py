@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .. import zoo
 from ..pipelines import Accelerator, registry
+from ..zoo.adapted import ADAPTED
 
 __all__ = ["show"]
 
@@ -37,12 +38,14 @@ def show() -> None:
 
 
 def _model(folder: Path) -> tuple[str, str, str, str]:
-    index = _read(folder / "model_index.json")
+    base = _read(folder / ADAPTED).get("base")
+    index = _read((zoo.path(base) if base in zoo.names() else folder) / "model_index.json")
     scheduler = _read(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
     labels = index.get("id2label")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     takes = f"{len(labels)} labels, such as {next(iter(labels.values()))!r}" if labels else "prompts"
-    return index["_class_name"], takes, scheduler, f"{size / 1e6:.0f} MB"
+    kind = index.get("_class_name", "") if base is None else f"adapters on {base}"
+    return kind, takes, scheduler, f"{size / 1e6:.0f} MB"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -132,4 +132,5 @@ def _guidance(pipe: Any, guidance: float | None, fixed: bool) -> str:
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in rows.items()}
+    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in shown.items())])

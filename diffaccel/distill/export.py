@@ -24,6 +24,7 @@ from ..pipelines.routed import Routed
 from ..pipelines.run import denoisers_of
 from ..pipelines.unguided import NULL_LABEL
 from ..samplers import FixedGridScheduler
+from ..zoo.adapted import ADAPTED
 from ..zoo.folders import load_pipeline, quiet
 from .adapters import adapters_of, merged, saved_adapter
 from .assembly import settled
@@ -103,7 +104,8 @@ def export_lora(
     """Writes an adapter as a folder for ``pipe.load_lora_weights``, with the student's scheduler beside it.
 
     The adapters of several experts are a folder for ``NoiseExperts.on``. What is written is loaded onto the
-    teacher's network and compared. The card's ``teacher`` has to be what users load.
+    teacher's network and compared. The card's ``teacher`` has to be what users load: our commands and
+    `load_pipeline`, which take such a folder for a model, load it by that name.
 
     Arguments:
         student: The network with the adapter, or a `NoiseExperts` of adapters.
@@ -134,6 +136,7 @@ def export_lora(
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         save(folder, layers, settings)
+        _name_base(folder, about, component)
         pipe.scheduler.save_pretrained(folder / "scheduler")
         base = settled(getattr(teacher_pipe, component), None)
         loaded = cast(with_parts(pipe, **{component: base}), dtype)
@@ -153,6 +156,7 @@ def _experts_writer(student: Routed, trained: Student, about: Card, target: Path
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         student.save_adapters(folder, dtype)
+        _name_base(folder, about, component)
         pipe.scheduler.save_pretrained(folder / "scheduler")
         base = nn.Module.to(settled(getattr(trained.pipe, component), None), dtype)
         loaded = cast(with_parts(pipe, **{component: kind.on(base, folder)}), dtype)
@@ -179,6 +183,11 @@ def _saver(pipe: Any, component: str) -> Callable[[Path, Any, Any], None]:
         )
     parts = (f"{component}_lora_layers", f"{component}_lora_adapter_metadata")
     return lambda folder, layers, settings: save(folder, **dict(zip(parts, (layers, settings), strict=True)))
+
+
+def _name_base(folder: Path, about: Card, component: str) -> None:
+    text = json.dumps({"base": about.teacher, "component": component}, indent=2)
+    (folder / ADAPTED).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _adapter_code(teacher: str, name: str, kind: type) -> list[str]:

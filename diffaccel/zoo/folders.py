@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffaccel.errors import ModelError, closest
 from diffaccel.files import read_object
+from diffaccel.zoo.adapted import ADAPTED, load_adapted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,7 +27,8 @@ _WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "Scheduler")
 
 def names() -> list[str]:
     """Returns the names of the pipelines that ship with the package."""
-    return sorted(file.parent.name for file in Path(__file__).parent.glob(f"*/{INDEX}"))
+    here = Path(__file__).parent
+    return sorted(file.parent.name for index in (INDEX, ADAPTED) for file in here.glob(f"*/{index}"))
 
 
 def path(name: str) -> Path:
@@ -70,6 +72,8 @@ def load_pipeline(
 ) -> "DiffusionPipeline":
     """Loads a pipeline without warnings or progress bars, from safetensors files only.
 
+    A folder of adapters (`adapted`) is loaded with the pipeline that they change.
+
     Arguments:
         model: A zoo name, a local pipeline folder, or a hub id "owner/name".
         dtype: The type of the weights.
@@ -79,7 +83,8 @@ def load_pipeline(
         ModelError: If there is no such model, or a file of it is missing, damaged or incomplete.
     """
     source = resolve_model(model)
-    if isinstance(source, Path):
+    adapted = isinstance(source, Path) and (source / ADAPTED).is_file()
+    if isinstance(source, Path) and not adapted:
         check_folder(source, given=tuple(kwargs))
     from diffusers import DiffusionPipeline  # slow to import, and not needed to list names
 
@@ -87,6 +92,8 @@ def load_pipeline(
     options = {"use_safetensors": True, **kwargs}
     try:
         with quiet(messages):
+            if isinstance(source, Path) and adapted:
+                return load_adapted(source, dtype, **kwargs)
             pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
     except _LOAD_ERRORS as error:
         where = "" if isinstance(source, Path) else " from the hub; is it a hub id that can be reached?"
