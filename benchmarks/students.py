@@ -1,11 +1,14 @@
-"""Students against their teacher at each number of steps: fidelity, diversity, labels and time, on one noise.
+"""Students against their teacher at each number of steps: fidelity, diversity, labels, time, on one noise.
 
-``python benchmarks/students.py measure 2rf=FOLDER ...`` writes ``students-tiny-fashion-dit.json`` here, and
-``... tables`` the table in ``docs/``. What is measured is kept in ``--work``, so that it goes on.
+``python benchmarks/students.py measure 2rf=FOLDER ...`` writes ``students-tiny-fashion-dit.json`` here, or
+that of another ``--teacher``, and ``... tables`` the tables in ``docs/``. What is measured is kept in
+``--work``, so that it goes on.
 """
 
 import argparse
+import inspect
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,11 @@ from diffaccel.eval.fidelity import as_bytes, mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
-from diffaccel.zoo.fashion import LABELS
+from diffaccel.pipelines.run import denoisers_of
+from diffaccel.zoo.fashion import LABELS, TEMPLATES
 from diffaccel.zoo.folders import quiet
 
-FOLDER, TEACHER, SEED = Path(__file__).parent, "tiny-fashion-dit", 600_000_000
+FOLDER, SEED = Path(__file__).parent, 600_000_000
 DOCS = FOLDER.parent / "docs"
 REFERENCE = ("teacher", 50)
 """What all rows are compared with, on the same noise and labels."""
@@ -34,19 +38,26 @@ REFERENCE = ("teacher", 50)
 PER_LABEL = 8
 """Images of one label in the measurement of diversity."""
 
+TIMED = 64
+"""Images of a round of the measurement of time."""
+
+PAIRS = (("2rf", "2rf-uniform"), ("slimflow", "slimflow-constant"), ("phased-dmd", "dmd2"))
+"""Students whose differences are a row of the second table."""
+
 
 class Runs:
     """The images of each row, and their scores."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.count, self.batch, self.device = arguments.n, arguments.batch, arguments.device
-        self.work, self.guidance = arguments.work / f"{TEACHER}-{arguments.n}", arguments.guidance
+        self.times = arguments.times
+        self.teacher, self.guidance = arguments.teacher, arguments.guidance
+        self.work = arguments.work / f"{self.teacher}-{arguments.n}"
         self.extractor = Extractor(protocol("fashion"), self.device)
         self.reference = collect(open_images(zoo.reference()[0]), self.extractor, ("features",))
         self.pipes: dict[str, Any] = {}
-        teacher = self.pipe(TEACHER)
-        self.labels = default_conditions(TEACHER, teacher, self.count)
-        self.numbers = [LABELS.index(label) for label in self.labels]
+        self.conditions = default_conditions(self.teacher, self.pipe(self.teacher), self.count)
+        self.numbers = zoo.labels(self.count)
 
     def pipe(self, model: str) -> Any:
         """Returns a loaded pipeline."""
@@ -57,49 +68,63 @@ class Runs:
         return self.pipes[model]
 
     def images(self, name: str, model: str, steps: int) -> dict[str, Any]:
-        """Returns the images of a row, some more of few labels, and the seconds an image."""
+        """Returns the images of a row, and some more of each label."""
         pipe = self.pipe(model)
-        scale = self.guidance if model == TEACHER else None
+        scale = self.guidance if model == self.teacher else None
+        prompted = "prompt" in inspect.signature(pipe.__call__).parameters
+        words = [TEMPLATES[-1].format(label) for label in LABELS] if prompted else LABELS
 
         def make() -> dict[str, Any]:
-            Sampler(pipe, self.labels[:2], steps, scale, SEED, 2)(steps)  # kernels are chosen
-            began = time.monotonic()
-            made = Sampler(pipe, self.labels, steps, scale, SEED, self.count)(steps, self.batch)
-            seconds = (time.monotonic() - began) / self.count
-            few = [label for label in LABELS for _ in range(PER_LABEL)]
+            made = Sampler(pipe, self.conditions, steps, scale, SEED, self.count)(steps, self.batch)
+            few = [word for word in words for _ in range(PER_LABEL)]
             more = Sampler(pipe, few, steps, scale, SEED + self.count, len(few))(steps, self.batch)
-            return {
-                "pixels": as_bytes(made).numpy(),
-                "more": as_bytes(more).numpy(),
-                "seconds": np.array(seconds),
-            }
+            return {"pixels": as_bytes(made).numpy(), "more": as_bytes(more).numpy()}
 
         return kept(self.work / f"{name}-{steps}.npz", make)
+
+    def seconds(self, name: str, model: str, steps: int) -> float | None:
+        """Returns the time of an image, the median of three rounds, or None where it is not wanted."""
+        file = self.work / f"{name}-{steps}-seconds-{self.device}.npz"
+        scale = self.guidance if model == self.teacher else None
+
+        def make() -> dict[str, Any]:
+            count = min(TIMED, self.count)
+            sampler, rounds = Sampler(self.pipe(model), self.conditions[:count], steps, scale, SEED), []
+            sampler(steps, count, stop=2)  # kernels are chosen
+            for _ in range(3):
+                began = time.monotonic()
+                sampler(steps, count)
+                rounds.append((time.monotonic() - began) / count)
+            return {"seconds": np.array(statistics.median(rounds))}
+
+        return float(kept(file, make)["seconds"]) if self.times or file.exists() else None
 
     def row(self, name: str, model: str, steps: int) -> dict[str, Any]:
         """Returns a row; differences are paired with the teacher's `REFERENCE` steps."""
         found = self.images(name, model, steps)
         pixels = torch.from_numpy(found["pixels"])
         features, distance, influence = self._frechet(pixels)
-        other = self.images(REFERENCE[0], TEACHER, REFERENCE[1])["pixels"]
+        other = self.images(REFERENCE[0], self.teacher, REFERENCE[1])["pixels"]
         _, best, theirs = self._frechet(torch.from_numpy(other))
         prediction = predict(pixels / 255)
         right = accuracy_of(
             prediction.class_logits.argmax(1), prediction.color_logits.argmax(1), self.numbers
         )
+        spread = self._diversity(torch.from_numpy(found["more"]))
         nearest = prdc(features, self.reference.features)
         return {
             "name": name, "steps": steps, "fd": {"value": distance, "se": mean_estimate(influence).se},
             "fd_minus_teacher": {"value": distance - best, "se": mean_estimate(influence - theirs).se},
             "influence": [round(float(value), 6) for value in influence],
             **{key: nearest[key].to_dict() for key in ("precision", "recall", "coverage")},
-            "diversity": self._diversity(torch.from_numpy(found["more"])),
+            "diversity": mean_estimate(spread).to_dict(), "spread": spread,
             "class": right.class_accuracy.to_dict(), "color": right.color_accuracy.to_dict(),
-            "seconds": found["seconds"], "parameters": self._parameters(model),
+            "seconds": self.seconds(name, model, steps), "parameters": self._parameters(model),
         }  # fmt: skip
 
     def _parameters(self, model: str) -> int:
-        return sum(parameter.numel() for parameter in self.pipe(model).transformer.parameters())
+        parts = denoisers_of(self.pipe(model)).values()
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
     def _frechet(self, pixels: Tensor) -> tuple[Any, float, Any]:
         found = collect(open_images(pixels), self.extractor, ("features",))
@@ -107,18 +132,17 @@ class Runs:
         features = found.features[:]  # the file of them lives as long as ``found``
         return features, frechet.distance, frechet.influence(features)
 
-    def _diversity(self, pixels: Tensor) -> dict[str, Any]:
-        """Returns the mean distance of features of two images of one label."""
+    def _diversity(self, pixels: Tensor) -> list[float]:
+        """Returns the mean distance of the features of two images of a label, for each label."""
         found = collect(open_images(pixels), self.extractor, ("features",))
-        groups = torch.as_tensor(found.features[:]).double().view(len(LABELS), PER_LABEL, -1)
-        means = [torch.pdist(group).mean().item() for group in groups]
-        return mean_estimate(means).to_dict()
+        groups = torch.tensor(found.features[:]).double().view(len(LABELS), PER_LABEL, -1)
+        return [torch.pdist(group).mean().item() for group in groups]
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Measures, and writes the record after each row."""
-    runs, file = Runs(arguments), FOLDER / f"students-{TEACHER}.json"
-    wanted = [("teacher", TEACHER, steps) for steps in (1, 2, 4, 8, 50)]
+    runs, file = Runs(arguments), FOLDER / f"students-{arguments.teacher}.json"
+    wanted = [("teacher", arguments.teacher, steps) for steps in (1, 2, 4, 50)]
     for pair in arguments.students:
         name, _, folder = pair.partition("=")
         folder, _, steps = folder.partition(":")
@@ -129,31 +153,57 @@ def measure(arguments: argparse.Namespace) -> None:
         numbers = {key: shown(value) for key, value in rows[-1].items() if isinstance(value, dict)}
         print(name, steps, numbers, flush=True)
         record = {
-            "teacher": TEACHER, "guidance": runs.guidance, "n": runs.count, "seed": SEED, "rows": rows,
-            "protocol": "fashion", "machine": machine(torch.device(runs.device)), "versions": versions(),
+            "teacher": arguments.teacher, "guidance": runs.guidance, "n": runs.count, "seed": SEED,
+            "rows": rows, "protocol": "fashion", "machine": machine(torch.device(runs.device)),
+            "versions": versions(),
         }  # fmt: skip
         with whole(file) as temporary:
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def tables() -> None:
-    """Writes ``docs/students-table.md`` from the record."""
-    record = json.loads((FOLDER / f"students-{TEACHER}.json").read_text(encoding="utf-8"))
+    """Writes ``docs/students-table.md`` from the records."""
+    texts = []
+    for file in sorted(FOLDER.glob("students-*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        texts += [_table(record), _differences(record["rows"])]
+    (DOCS / "students-table.md").write_text("\n".join(filter(None, texts)), encoding="utf-8")
+
+
+def _table(record: dict[str, Any]) -> str:
     head = ["model", "steps", "weights", "FD", "FD - teacher, 50 steps", "precision", "recall", "coverage",
             "diversity of a label", "class right", "color right", "ms an image"]  # fmt: skip
     keys = ["fd", "fd_minus_teacher", "precision", "recall", "coverage", "diversity", "class", "color"]
     cells = []
     for row in record["rows"]:
         numbers = [shown(row[key], key == "fd_minus_teacher") for key in keys]
-        millions = f"{row['parameters'] / 1e6:.1f} M"
-        cells.append([row["name"], str(row["steps"]), millions, *numbers, f"{1000 * row['seconds']:.2f}"])
-    device = record["machine"]["device"]
+        millions, seconds = f"{row['parameters'] / 1e6:.1f} M", row["seconds"]
+        time_taken = "" if seconds is None else f"{1000 * seconds:.1f}"
+        cells.append([row["name"], str(row["steps"]), millions, *numbers, time_taken])
     text = (
-        f"{record['n']} images a row, protocol `{record['protocol']}`, teacher with guidance "
-        f"{record['guidance']:g}; labels and noise are the same in all rows; times of {device}.\n\n"
+        f"{record['n']} images a row, protocol `{record['protocol']}`, teacher `{record['teacher']}` with "
+        f"guidance {record['guidance']:g}; labels and noise are the same in all rows.\n\n"
     )
-    text += markdown(Lines("students", head, [("plain", line) for line in cells], ()))
-    (DOCS / "students-table.md").write_text(f"{text}\n", encoding="utf-8")
+    return text + markdown(Lines("students", head, [("plain", line) for line in cells], ())) + "\n"
+
+
+def _differences(rows: list[dict[str, Any]]) -> str:
+    """Returns a table of the paired differences of students."""
+    found = {(row["name"], row["steps"]): row for row in rows}
+    cells = []
+    for ours, theirs in PAIRS:
+        for steps in sorted(count for name, count in found if name == ours):
+            if (theirs, steps) in found:
+                one, other = found[ours, steps], found[theirs, steps]
+                fd = one["fd"]["value"] - other["fd"]["value"]
+                error = mean_estimate(np.subtract(one["influence"], other["influence"])).se
+                spread = mean_estimate(np.subtract(one["spread"], other["spread"])).to_dict()
+                numbers = [shown({"value": fd, "se": error}, True), shown(spread, True)]
+                cells.append([f"{ours} - {theirs}", str(steps), *numbers])
+    head = ["difference, paired", "steps", "FD", "diversity of a label"]
+    return (
+        markdown(Lines("differences", head, [("plain", line) for line in cells], ())) + "\n" if cells else ""
+    )
 
 
 def main() -> None:
@@ -161,10 +211,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("measure", "tables"))
     parser.add_argument("students", nargs="*", help="NAME=FOLDER, or NAME=FOLDER:STEPS,STEPS")
+    parser.add_argument("--teacher", choices=zoo.names(), default="tiny-fashion-dit")
     parser.add_argument("--n", type=int, default=5000)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--times", action="store_true", help="measure the time, too; on an idle machine")
     parser.add_argument("--work", type=Path, default=Path("out/students"))
     arguments = parser.parse_args()
     if arguments.what == "tables":
