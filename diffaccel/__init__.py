@@ -32,7 +32,8 @@ from .pipelines import (
     accelerate,
     install,
 )
-from .samplers import S3, AutoDiffusion, FewStep, UnifiedSolverScheduler
+from .samplers import S3, AutoDiffusion, FewStep, Solver, UnifiedSolverScheduler
+from .tuning import Auto, Plan
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "Accel",
     "Accelerator",
     "AcceleratorConflict",
+    "Auto",
     "AutoDiffusion",
     "DiffaccelError",
     "DiffusionPipeline",
@@ -50,9 +52,11 @@ __all__ = [
     "MARPipeline",
     "ModelError",
     "OptionError",
+    "Plan",
     "Report",
     "Reuse",
     "Sada",
+    "Solver",
     "StepAnnealing",
     "UnifiedSolverScheduler",
     "UnknownAccelerator",

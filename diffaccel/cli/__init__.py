@@ -234,6 +234,36 @@ def eval_(
         typer.echo(f"report: {out / 'report.html'}\nrecord: {out / 'eval.json'}")
 
 
+@app.command("tune")
+def tune_(
+    model: Model,
+    budget: Annotated[str, typer.Option(help='Such as "lpips<=0.05", "psnr>=30", "speedup>=2".')],
+    steps: Steps = 50,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images of the test; half as many to search.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call, as they will be used.")] = 8,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of the search.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 5,
+    coverage: Annotated[float, typer.Option(help="Share of images that is to meet the budget.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Probability that so many do.")] = 0.95,
+    seed: Seed = 0,
+    protocol: Annotated[str, typer.Option(help="Features of a budget of feature_distance.")] = "offline",
+    store: Annotated[bool, typer.Option("--store", help="Store the plan with the model, too.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for plan, front and measurements.")] = Path("out/tune"),
+) -> None:
+    """Finds the fastest stack, solver and steps within a budget, and writes a plan for accel="auto"."""
+    from .tune import Settings, lines_of, tune
+
+    settings = Settings(model, budget, steps, guidance, scheduler, prompts, images, batch, candidates, rounds,
+                        coverage, confidence, seed, protocol, device, dtype)  # fmt: skip
+    for line in lines_of(tune(settings, out, store), out):
+        typer.echo(line)
+
+
 search = typer.Typer(help="Searches what makes a model fast.", no_args_is_help=True)
 app.add_typer(search, name="search")
 

@@ -35,6 +35,7 @@ __all__ = [
     "clip_available",
     "clip_score",
     "feature_distance",
+    "feature_distances",
     "load_clip",
     "load_lpips",
     "lpips_available",
@@ -270,6 +271,13 @@ def feature_distance(images: Tensor, reference: Tensor, extractor: Callable[[Ten
         OptionError: If the images are not pairs of images, the distance is unknown, or the features have the
             wrong shape or are not finite.
     """
+    values = feature_distances(images, reference, extractor, distance, batch)
+    return mean_estimate(values.tolist())
+
+
+def feature_distances(images: Tensor, reference: Tensor, extractor: Callable[[Tensor], Any],
+                      distance: str = "cosine", batch: int = 32) -> Tensor:  # fmt: skip
+    """Returns the distance of each pair (N), float64; the arguments are those of `feature_distance`."""
     if distance not in DISTANCES:
         raise OptionError(f"no distance {distance!r}; {closest(distance, DISTANCES)}")
     check_pairs(images, reference)
@@ -277,7 +285,7 @@ def feature_distance(images: Tensor, reference: Tensor, extractor: Callable[[Ten
     for ours, theirs in _batches(batch, images, reference):
         difference = _directions(extractor, as_bytes(ours)) - _directions(extractor, as_bytes(theirs))
         found += DISTANCES[distance](difference.pow(2).sum(1)).tolist()  # near 0, 1 - cos would cancel
-    return mean_estimate(found)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @torch.inference_mode()

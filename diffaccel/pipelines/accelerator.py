@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
@@ -38,6 +38,9 @@ class Accelerator:
 
     shorthand: ClassVar[str] = ""
     """The option that ``"name:value"`` sets, in the place of a preset."""
+
+    trials: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    """The options that ``diffaccel tune`` varies, with their values from careful to fast; none: not tried."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the subclass by its name.
@@ -79,6 +82,23 @@ class Accelerator:
         """Returns why the accelerator cannot serve this pipeline as it is now, or None if it can."""
         return None
 
+    def expand(self, pipe: Any) -> list["Accelerator"]:
+        """Returns what stands for the accelerator on a pipeline: itself, or a whole stack."""
+        return [self]
+
+    def step_counts(self, pipe: Any) -> Sequence[int]:
+        """Returns the numbers of inference steps that it serves on a pipeline; nothing for any number."""
+        return ()
+
+    def arguments(self, pipe: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the arguments of the pipeline's call that are replaced, by name.
+
+        Arguments:
+            pipe: The pipeline.
+            given: All arguments of the call by name, defaults among them.
+        """
+        return {}
+
     def scheduler(self, pipe: Any) -> Any:
         """Returns a scheduler that stands in the place of the pipeline's during a call; None leaves it."""
         return None
@@ -112,8 +132,8 @@ def resolve(spec: Any) -> list[Accelerator]:
     """Turns what a user writes into a stack: new objects, outermost first.
 
     Arguments:
-        spec: ``"name"``, ``"name:preset"``, a mapping of such names to options, an `Accelerator`, or a list
-            or tuple of these.
+        spec: ``"name"``, ``"name:preset"``, ``"plan.json"``, a mapping of such names to options, an
+            `Accelerator`, or a list or tuple of these.
 
     Raises:
         UnknownAccelerator: If a name or preset is unknown.
@@ -157,6 +177,8 @@ def _create(text: str, options: Any) -> Accelerator:
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in (text, *options)):
         raise OptionError(f"accel={{{text!r}: {options!r}}}: expected a name and a mapping of its options")
     name, _, preset = text.partition(":")
+    if name not in _REGISTRY and text.endswith(".json"):  # the file of a plan
+        name, preset = "auto", text
     if name not in _REGISTRY:
         raise UnknownAccelerator(f"no accelerator {name!r}; {closest(name, _REGISTRY)}")
     return _REGISTRY[name].create(preset, **options)

@@ -43,8 +43,8 @@ def accelerate(pipe: P, accel: Any) -> P:
 
     Arguments:
         pipe: A `diffusers.DiffusionPipeline` or `diffusers.ModularPipeline`.
-        accel: ``"name"``, ``"name:preset"``, ``{name: {option: value}}``, an `Accelerator`, a list of
-            these; or None, which leaves the pipeline as it was before.
+        accel: ``"name"``, ``"name:preset"``, ``"plan.json"``, ``{name: {option: value}}``, an `Accelerator`,
+            a list of these; or None, which leaves the pipeline as it was before.
 
     Returns:
         The same object.
@@ -94,7 +94,7 @@ def install(cls: type) -> None:
 
 
 def _checked(pipe: Any, accel: Any) -> list[Accelerator]:
-    stack = resolve(accel)
+    stack = resolve([part for accelerator in resolve(accel) for part in accelerator.expand(pipe)])
     check_stack(pipe, stack)
     return stack
 
@@ -118,6 +118,17 @@ def _outside(name: str, value: Any) -> Any:
     return value
 
 
+def _replaced(pipe: Any, accel: Accel, bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Returns the arguments of a call that the accelerators replace."""
+    given = {name: parameter.default for name, parameter in bound.signature.parameters.items()
+             if parameter.default is not parameter.empty}  # fmt: skip
+    given.update(bound.arguments)
+    changed: dict[str, Any] = {}
+    for accelerator in accel.stack:
+        changed.update(accelerator.arguments(pipe, {**given, **changed}))
+    return changed
+
+
 @functools.cache
 def _accelerated(base: type) -> type:
     call = base.__call__
@@ -125,11 +136,14 @@ def _accelerated(base: type) -> type:
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            arguments = inspect.signature(call).bind(self, *args, **kwargs).arguments
+            bound = inspect.signature(call).bind(self, *args, **kwargs)
         except TypeError:
             return call(self, *args, **kwargs)  # raises the pipeline's own error
         accel: Accel = self._diffaccel
-        with Run(self, accel.stack, dict(arguments)) as run:
+        if changed := _replaced(self, accel, bound):
+            bound.arguments.update(changed)
+            args, kwargs = bound.args[1:], bound.kwargs
+        with Run(self, accel.stack, dict(bound.arguments)) as run:
             accel.report = run.report
             return call(self, *args, **{name: _outside(name, value) for name, value in kwargs.items()})
 

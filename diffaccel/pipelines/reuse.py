@@ -1,6 +1,6 @@
 """Reuse of the last prediction.  Reduces to the plain pipeline for every=1."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ class Reuse(Accelerator):
     name: ClassVar[str] = "reuse"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fast": {"every": 3}}
     exclusive: ClassVar[str] = "skip"
+    trials: ClassVar[Mapping[str, Sequence[Any]]] = {"every": (2, 3, 4)}
 
     every: int = option(2, low=1)
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -67,6 +67,9 @@ class Sada(Accelerator):
         },
     }
     exclusive: ClassVar[str] = "skip"
+    trials: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "tolerance": (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.007, 0.01, 0.014, 0.02, 0.03)
+    }
 
     criterion: str = option("error", choices=("error", "stability"))
     tolerance: float = option(0.007, low=0.0)

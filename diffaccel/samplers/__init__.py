@@ -9,6 +9,7 @@ from .anchored import AnchoredFlowScheduler
 from .few_step import FewStep
 from .fixed_grid import FixedGridScheduler
 from .grids import GRIDS
+from .known import Solver
 from .presets import SOLVERS, solver_schedule
 from .schedule import Schedule, ScheduleError, Step, load_schedules
 from .searched import S3
@@ -26,6 +27,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "SchedulerMixin",
+    "Solver",
     "Step",
     "ThinnedSchedule",
     "UnifiedSolverScheduler",

@@ -9,7 +9,7 @@ References:
     | images comparable to the latest distillation model (2025), https://arxiv.org/abs/2510.02390
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -110,6 +110,7 @@ class FewStep(Accelerator):
     name: ClassVar[str] = "few-step"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"recipe": name} for name in RECIPES}
     exclusive: ClassVar[str] = "solver"
+    trials: ClassVar[Mapping[str, Sequence[Any]]] = {"recipe": ("8", "6", "5", "4")}
 
     recipe: str = option("8", choices=tuple(RECIPES))
     final_denoise: bool = option(False)
@@ -123,6 +124,10 @@ class FewStep(Accelerator):
         if not self.final_denoise and getattr(pipe, "vae", None) is None:
             return "it has no decoder to take the last noise away; use few-step with final_denoise=True"
         return None
+
+    def step_counts(self, pipe: Any) -> Sequence[int]:
+        """Returns the recipe's number of steps."""
+        return (RECIPES[self.recipe].steps + self.final_denoise,)
 
     def scheduler(self, pipe: Any) -> Any:
         """Returns the solver with the recipe's schedule."""

@@ -1,6 +1,7 @@
 """Searched schedules as an accelerator: ``pipe.to(accel="s3")`` or ``pipe.to(accel="s3:FILE")``."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,6 +74,7 @@ class S3(Accelerator):
     exclusive: ClassVar[str] = "solver"
 
     shorthand: ClassVar[str] = "file"
+    trials: ClassVar[Mapping[str, Sequence[Any]]] = {"file": ("",)}
 
     file: str = option("")
 
@@ -83,6 +85,10 @@ class S3(Accelerator):
         except DiffaccelError as error:
             return str(error)
         return None
+
+    def step_counts(self, pipe: Any) -> Sequence[int]:
+        """Returns the numbers of evaluations that there is a schedule for."""
+        return sorted({schedule.evaluations for schedule in fitting(pipe, self.file)})
 
     def scheduler(self, pipe: Any) -> Any:
         """Returns the solver with the schedules that fit."""
