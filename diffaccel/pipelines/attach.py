@@ -85,7 +85,7 @@ def install(cls: type) -> None:
         if accel is _UNSET:
             return original(self, *args, **kwargs)
         if accel is not None:
-            accel = _checked(self, accel)
+            check_stack(self, accel := resolve(accel))
         pipe = original(self, *args, **kwargs) if args or kwargs else self
         return accelerate(pipe, accel)
 

@@ -53,20 +53,26 @@ class Auto(Accelerator):
             PlanError: If there is no plan, or it is damaged.
             UnsupportedPipeline: If the plan is for another model, or other versions.
         """
-        file = Path(self.file).expanduser() if self.file else stored_file(pipe)
-        if not self.file and not file.is_file():
-            raise PlanError(
-                f"no plan {str(file)!r} is stored with this model; make one: diffaccel tune --store"
-            )
         found = copy.copy(self)
-        found.plan = plan = Plan.load(file)
+        found.plan = plan = self._read(pipe)
         if reason := plan.mismatch(pipe) or plan.other_weights(pipe):
             raise UnsupportedPipeline(f"auto cannot accelerate this {type(pipe).__name__}: {reason}")
         return [found, *resolve(list(plan.stack))]
 
+    def _read(self, pipe: Any) -> Plan:
+        """Returns the plan in the file, or the one that is stored with the model."""
+        file = Path(self.file).expanduser() if self.file else stored_file(pipe)
+        if not self.file and not file.is_file():
+            raise PlanError(f"no plan {str(file)!r} is stored with this model; use diffaccel tune --store")
+        return Plan.load(file)
+
     def check(self, pipe: Any) -> str | None:
-        """Returns why the plan is not for the pipeline as it is now."""
-        return self._plan.mismatch(pipe)
+        """Returns why the plan is not for the pipeline as it is now, but for its weights.
+
+        Raises:
+            PlanError: If there is no plan, or it is damaged.
+        """
+        return (self.plan or self._read(pipe)).mismatch(pipe)
 
     @property
     def _plan(self) -> Plan:

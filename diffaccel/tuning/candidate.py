@@ -1,14 +1,21 @@
 """What is tried: a stack of accelerators with options, one of a kind, and a number of inference steps."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..pipelines.accelerator import registry, resolve, tag
 
-__all__ = ["KINDS", "Candidate", "Gene"]
+__all__ = ["KINDS", "Candidate", "Gene", "label_of"]
 
 KINDS = ("solver", "skip", "blocks")
 """The kinds of accelerators that are tried; those of guidance change what is sampled."""
+
+
+def label_of(stack: Sequence[Mapping[str, Any]], steps: int) -> str:
+    """Returns a stack and its steps, as a command line takes them."""
+    tags = [tag(accelerator) for accelerator in resolve(list(stack))]
+    return f"{'+'.join(tags) or 'plain'}@{steps}"
 
 
 @dataclass(frozen=True, order=True)
@@ -49,8 +56,7 @@ class Candidate:
     @property
     def label(self) -> str:
         """The stack and its steps, as a command line takes them."""
-        stack = "+".join(tag(accelerator) for accelerator in resolve(self.spec))
-        return f"{stack or 'plain'}@{self.steps}"
+        return label_of(self.spec, self.steps)
 
     def gene(self, kind: str) -> Gene | None:
         """Returns the accelerator of a kind, if there is one."""

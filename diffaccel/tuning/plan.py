@@ -9,7 +9,8 @@ from typing import Any
 from ..errors import DiffaccelError
 from ..eval.provenance import model_digest, plain, versions
 from ..files import read_object, whole
-from ..pipelines.accelerator import resolve, tag
+from ..pipelines.accelerator import resolve
+from .candidate import label_of
 
 __all__ = ["STORED", "Plan", "PlanError", "facts_of", "stored_file"]
 
@@ -49,8 +50,7 @@ class Plan:
     @property
     def label(self) -> str:
         """The stack and its steps, as a command line takes them."""
-        stack = " + ".join(tag(accelerator) for accelerator in resolve(list(self.stack)))
-        return f"{stack or 'plain'}@{self.steps}"
+        return label_of(self.stack, self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data."""
