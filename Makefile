@@ -24,6 +24,7 @@ tables: $(STAMP)  # docs/zoo.md and docs/*-table.md from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
 	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
+	$(BIN)/python benchmarks/auto.py tiny-fashion-sd tables
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
