@@ -2,8 +2,8 @@
 
 ``python benchmarks/auto.py tiny-fashion-sd`` tunes for each budget with half of the model's 90 labels,
 applies the plan to the other half, and writes ``auto-tiny-fashion-sd.json`` here; ``tables`` as a second
-argument writes ``docs/auto-table.md`` from all such records. It goes on where it was stopped: what is measured
-is kept in ``--work``. A tuning that went on is marked: its seconds are not those of one that began with nothing.
+argument writes ``docs/auto-table.md`` from all such records. It goes on where it was stopped: what is
+measured is kept in ``--work``. A tuning that went on is marked: its seconds are not those of a whole one.
 """
 
 import argparse
@@ -153,8 +153,8 @@ def tables() -> None:
     """Writes ``docs/auto-table.md`` from all records."""
     head = ["model", "budget", "plan", "evaluations", "speed-up", "held out: images within", "worst",
             "tuning"]  # fmt: skip
-    lines = [_cells(record, row) for file in sorted(FOLDER.glob("auto-*.json"))
-             for record in [json.loads(file.read_text(encoding="utf-8"))] for row in record["rows"]]  # fmt: skip
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("auto-*.json"))]
+    lines = [_cells(record, row) for record in records for row in record["rows"]]
     text = markdown(Lines("auto", head, [("plain", cells) for cells in lines], ()))
     (DOCS / "auto-table.md").write_text(text, encoding="utf-8")
 
