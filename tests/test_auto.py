@@ -216,6 +216,12 @@ def test_tune_writes_a_plan_that_pipelines_take(monkeypatch, capfd, tmp_path, mo
         pipe.accel.report.evaluated < 6 and (folder / STORED).read_text() == (out / "plan.json").read_text()
     )
     kept = {path: path.stat().st_mtime_ns for path in (out / "measured").rglob("*.npz")}
+    speed = (*command, "--rounds", 5, "--confidence", 0.95, "--out", out, "--budget", "speedup>=1.7")
+    code, printed, err = call(monkeypatch, capfd, *speed)
+    assert code == 0 and "relative at most" in printed, err
+    plan = Plan.load(out / "plan.json")
+    assert plan.cost["speedup_least"] == 2 and plan.promise["bound"] <= plan.promise["worst"]
+    assert (folder / STORED).read_text() != (out / "plan.json").read_text(), "not stored without being told"
     code, _, err = call(monkeypatch, capfd, *options, "--budget", "psnr>=300")
     assert code == 2 and err.splitlines()[-1].startswith("error: no plan for psnr>=300")
     assert json.loads((out / "front.json").read_text())["plan"] is None

@@ -94,7 +94,7 @@ def test_halving_measures_few_on_all_images(space):
     trials = halve(space, known, objective, range(64, 96), 48, seed=0)
     assert len(trials) == len({trial.candidate for trial in trials}) == 48
     counts = [trial.measured.count for trial in trials]
-    assert set(counts) == {8, 16, 32} and counts.count(8) >= 24
+    assert set(counts) == {8, 16, 32} and counts.count(8) >= 48 // 3
     for trial in trials:  # each image once, and what is known is of all of them
         seen = [n for candidate, numbers in known.seen for n in numbers if candidate == trial.candidate]
         assert seen == list(range(64, 64 + trial.measured.count))
@@ -112,12 +112,16 @@ def test_halving_measures_few_on_all_images(space):
 def test_expected_loss_is_that_of_the_worst_of_many():
     objective = Objective(Budget("rms", 1.0), PLAIN, 64)
     rng = np.random.default_rng(0)
-    ratios = []
-    for _ in range(200):
-        losses = np.exp(rng.normal(size=96) * 0.4)
-        few = Measured({"rms": losses[:32]}, 50.0, 10.0, 32)
-        ratios.append(objective.trial(Candidate(10), few).loss / losses[32:].max())
-    assert abs(np.median(np.log(ratios))) < 0.1, "what 32 images tell of the worst of 64 others"
+    for draw in (lambda: np.exp(0.3 * rng.normal(size=96)), lambda: np.exp(0.8 * rng.normal(size=96)),
+                 lambda: rng.exponential(size=96)):  # fmt: skip
+        ratios = []
+        for _ in range(200):
+            losses = draw()
+            few = Measured({"rms": losses[:32]}, 50.0, 10.0, 32)
+            ratios.append(objective.trial(Candidate(10), few).loss / losses[32:].max())
+        assert abs(np.median(np.log(ratios))) < 0.15, "what 32 images tell of the worst of 64 others"
+    zeros = Measured({"rms": np.array([0.0, 1.0] * 16)}, 50.0, 10.0, 32)
+    assert 1 <= objective.trial(Candidate(10), zeros).loss < 3, "half of the images as the plain run's"
 
 
 def test_failures_are_worst_of_all():

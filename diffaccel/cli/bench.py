@@ -135,8 +135,8 @@ class Bench:
         for row in list(self.rows):
             self._first(row)
             advance()
-        full = self.settings.steps
-        counts = {round(row.evaluated * row.steps / row.requested) for row in self.rows[1:]}
+        full, asked = self.settings.steps, self.rows[0].requested
+        counts = {round(row.evaluated * full / asked) for row in self.rows[1:]}
         counts = {*counts, *self.settings.plain_steps} - {0, full} or {max(1, full // 2)} - {full}
         for steps in sorted(counts, reverse=True):
             self.rows.append(row := Row("plain", steps, "plain"))

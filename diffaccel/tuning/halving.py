@@ -9,9 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from scipy.stats import norm
-
 from ..eval.budget import SPEED, Budget
 from ..search import Evolution
 from .candidate import Candidate
@@ -24,8 +21,6 @@ ASKED = 8
 """Candidates between two trainings of the engine's ranking."""
 RUNGS = ((4, 1), (2, 3), (1, 8))
 """For each rung, the part of the images, and the part of the candidates that reach it."""
-SMALLEST = 1e-9
-"""What a loss of 0 is taken for in logarithms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Objective:
 
     def __init__(self, budget: Budget, plain: Measured, images: int) -> None:
         self.budget, self.plain = budget, plain
-        self.quantile = float(norm.ppf(images / (images + 1)))
+        self.tail = sum(1 / place for place in range(2, images + 1))
 
     def trial(self, candidate: Candidate, measured: Measured) -> Trial:
         """Returns a candidate with its cost, loss and score; all infinite where it has failed."""
@@ -68,11 +63,14 @@ class Objective:
         return Trial(candidate, measured, cost, loss, self._score(cost, loss))
 
     def _expected(self, measured: Measured) -> float:
-        """Returns the largest loss to expect: of a lognormal distribution, not less than what was seen."""
+        """Returns the largest loss to expect, from mean and deviation; not less than what was seen.
+
+        It is exact for an exponential distribution, and within 10 % for lognormal ones of deviations from
+        0.3 to 0.8. Losses of 0, of images for which nothing was skipped, do no harm.
+        """
         losses = self.budget.losses(measured.values)
-        logs = np.log(np.maximum(losses, SMALLEST))
-        spread = float(logs.std(ddof=1)) if len(logs) > 1 else 0.0
-        return max(math.exp(float(logs.mean()) + self.quantile * spread), float(losses.max()))
+        spread = float(losses.std(ddof=1)) if len(losses) > 1 else 0.0
+        return max(float(losses.mean()) + self.tail * spread, float(losses.max()))
 
     def _score(self, cost: float, loss: float) -> float:
         if self.budget.metric == SPEED:

@@ -1,6 +1,7 @@
 """Plans: what ``diffaccel tune`` has chosen for a model, what it promises, and what it was measured on."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,12 +117,17 @@ def facts_of(pipe: Any) -> dict[str, Any]:
     return {**_light_facts(pipe), "weights": model_digest(pipe)}
 
 
-def _light_facts(pipe: Any) -> dict[str, Any]:
+@functools.cache
+def _releases() -> dict[str, str]:
+    """Returns the versions of the packages, without the names of builds."""
     installed = versions()
-    release = {name: installed.get(name, "").partition("+")[0] for name in VERSIONED}
+    return {name: installed.get(name, "").partition("+")[0] for name in VERSIONED}
+
+
+def _light_facts(pipe: Any) -> dict[str, Any]:
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     scheduler = {"class": type(pipe.scheduler).__name__, **plain(config)}
-    return {"versions": release, "pipeline": type(pipe).__name__, "scheduler": scheduler}
+    return {"versions": _releases(), "pipeline": type(pipe).__name__, "scheduler": scheduler}
 
 
 def _different(then: Any, now: Any) -> str:
