@@ -176,6 +176,17 @@ def test_walk_ends_at_the_first_that_fails():
     assert choice.speedups[Candidate(6)].values == (1.5,) * 5
 
 
+def test_failures_never_pass():
+    class Broken(Known):
+        def __call__(self, candidate, numbers):
+            return Measured({}, np.inf, np.inf, len(numbers), "broken")
+
+    times = speeds(s6=[1.2] * 5, s5=[2.1] * 5, s4=[2.6] * 5)
+    for claim, count in ((Claim(Budget("rms", 0.1)), 600), (Claim(Budget("speedup", 1.9)), 64)):
+        choice = choose(TRIALS, claim, Broken(speeds=times), range(count))
+        assert choice.winner is None and choice.tests[-1]["failure"] == "broken"
+
+
 def test_fastest_of_those_that_passed_is_chosen():
     known = Known(losses=lambda candidate, numbers: (np.full(len(numbers), 0.01), 10.0),
                   speeds=speeds(s6=[1.2] * 5, s5=[1.9] * 5, s4=[1.6] * 5))  # fmt: skip

@@ -258,9 +258,8 @@ def _why(settings: Settings, trials: Sequence[Trial], choice: Choice) -> str:
     if choice.winner is not None:
         return f"{choice.winner.label} meets {settings.budget}, and is no faster than the plain run"
     if choice.tests:
-        safest = choice.tests[0]["label"]
-        return (f"no plan for {settings.budget}: {safest}, the safest of the finalists, failed on other "
-                "images; allow more, or see front.png")  # fmt: skip
+        last = choice.tests[-1]["label"]
+        return f"no plan for {settings.budget}: {last} failed the final test; allow more, or see front.png"
     return (f"no plan for {settings.budget}: none of {len(trials)} candidates comes near it; allow more, or "
             "see front.png")  # fmt: skip
 

@@ -136,14 +136,16 @@ def _walk_quality(candidates: list[Candidate], claim: Claim, measurements: Measu
 
 def _until(candidate: Candidate, measurements: Measurements, numbers: range, budget: Budget, limit: float,
            allowed: int) -> tuple[Measured, int]:  # fmt: skip
-    """Measures a candidate batch by batch until there are too many violations; a failure is one."""
+    """Measures a candidate batch by batch until there are too many violations; a failure is too many."""
     known: Measured | None = None
     violations = 0
     for start in range(numbers.start, numbers.stop, measurements.batch):
         part = range(start, min(start + measurements.batch, numbers.stop))
         found = measurements(candidate, part)
         known = found if known is None else known + found
-        violations += len(part) if found.failure else int(np.sum(budget.losses(found.values) > limit))
+        if found.failure:
+            return found, allowed + 1
+        violations += int(np.sum(budget.losses(found.values) > limit))
         if violations > allowed:
             break
     assert known is not None
@@ -166,6 +168,9 @@ def _walk_speed(candidates: list[Candidate], claim: Claim, measurements: Measure
     if not passed:
         return Choice(None, None, speedups, tests)
     known, _ = _until(passed[-1], measurements, numbers, budget, np.inf, len(numbers))
+    if known.failure:
+        tests.append({"label": passed[-1].label, "failure": known.failure, "passed": False})
+        return Choice(None, None, speedups, tests)
     return Choice(passed[-1], known, speedups, tests)
 
 
