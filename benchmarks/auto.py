@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--scheduler", default=None)
     parser.add_argument("--images", type=int, default=64, help="of the final test of the tuning")
-    parser.add_argument("--candidates", type=int, default=48)
+    parser.add_argument("--candidates", type=int, default=40)
     parser.add_argument("--coverage", type=float, default=0.95)
     parser.add_argument("--n", type=int, default=200, help="images that are held out")
     parser.add_argument("--batch", type=int, default=8)

@@ -244,7 +244,7 @@ def tune_(
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Images of the test; half as many to search.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images a call, as they will be used.")] = 8,
-    candidates: Annotated[int, typer.Option(min=1, help="Candidates of the search.")] = 48,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of the search.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 5,
     coverage: Annotated[float, typer.Option(help="Share of images that is to meet the budget.")] = 0.95,
     confidence: Annotated[float, typer.Option(help="Probability that so many do.")] = 0.95,

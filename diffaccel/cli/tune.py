@@ -65,7 +65,7 @@ class Settings:
     prompts: Path | None = None
     images: int = 64
     batch: int = 8
-    candidates: int = 48
+    candidates: int = 40
     rounds: int = 5
     coverage: float = 0.95
     confidence: float = 0.95
