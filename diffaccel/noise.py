@@ -42,6 +42,7 @@ __all__ = [
     "path_of",
     "prediction_coefficients",
     "probe",
+    "trial_of",
     "wide",
 ]
 
@@ -241,11 +242,16 @@ def probe(scheduler: Any) -> Path:
     Raises:
         UnsupportedScheduler: As `path_of`.
     """
+    return path_of(trial_of(scheduler))
+
+
+def trial_of(scheduler: Any) -> Any:
+    """Returns a copy of a scheduler, prepared for ten steps if it is of a kind that is known."""
     trial = copy.deepcopy(scheduler)
     if _known(trial, _FAMILIES):
         steps = min(getattr(trial, "grids", (10,)))  # FixedGridScheduler has no others
         trial.set_timesteps(steps, **({"mu": 1.0} if _setting(trial, "use_dynamic_shifting") else {}))
-    return path_of(trial)
+    return trial
 
 
 def is_stochastic(scheduler: Any) -> str | None:

@@ -7,6 +7,7 @@ from .apg import APG
 from .attach import Accel, accelerate, install
 from .autoregressive import ARStep
 from .condition_experts import ConditionExperts
+from .diffusehigh import DiffuseHighOutput, DiffuseHighPipeline
 from .disa import StepAnnealing
 from .feynman_kac_pipeline import FeynmanKacOutput, FeynmanKacPipeline
 from .mar import MARPipeline
@@ -27,6 +28,8 @@ __all__ = [
     "Action",
     "BlockCall",
     "ConditionExperts",
+    "DiffuseHighOutput",
+    "DiffuseHighPipeline",
     "Evaluation",
     "FeynmanKacOutput",
     "FeynmanKacPipeline",
