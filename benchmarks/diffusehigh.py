@@ -23,7 +23,7 @@ from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.files import whole
 from diffaccel.pipelines.diffusehigh_checks import parameters_of_call
-from diffaccel.pipelines.structure_guidance import upsampled
+from diffaccel.pipelines.structure_guidance import sharpened, upsampled
 from diffaccel.pipelines.wavelets import dwt
 from diffaccel.zoo.folders import quiet
 
@@ -61,7 +61,12 @@ class Runs:
         for start in range(0, len(self.conditions), self.batch):
             part = self.conditions[start : start + self.batch]
             generators = [torch.Generator().manual_seed(SEED + start + n) for n in range(len(part))]
-            yield {self.kind: part, "generator": generators, "num_inference_steps": STEPS, "output_type": "pt"}
+            yield {
+                self.kind: part,
+                "generator": generators,
+                "num_inference_steps": STEPS,
+                "output_type": "pt",
+            }
 
     def climbed(self, options: dict[str, Any]) -> dict[str, Any]:
         """Returns both stages of DiffuseHigh."""
@@ -76,7 +81,11 @@ class Runs:
         finally:
             accelerate(self.pipe, None)
         small, large = (torch.cat(parts) for parts in zip(*stages, strict=True))
-        return {"small": small.numpy(), "large": large.numpy(), "evaluated": torch.tensor(work).double().mean(0)}
+        return {
+            "small": small.numpy(),
+            "large": large.numpy(),
+            "evaluated": torch.tensor(work).double().mean(0),
+        }
 
     def direct(self) -> dict[str, Any]:
         """Returns what the model makes at 64 pixels when simply asked to."""
@@ -93,7 +102,8 @@ class Runs:
             self.work_done[name] = one["evaluated"].tolist()
             self.small = torch.from_numpy(one["small"]) if name == "DiffuseHigh" else self.small
         enlarged = upsampled(self.small, LARGE).clamp(0, 1)
-        first = {SHOWN[0]: enlarged}
+        sharp = sharpened(upsampled(self.small, LARGE), 1.0, torch.full((len(self.small),), 1.05))
+        first = {SHOWN[0]: enlarged, "32 pixels, enlarged and sharpened": sharp.clamp(0, 1)}
         if self.kind == "prompt":
             first[SHOWN[1]] = torch.from_numpy(kept(self.work / "direct.npz", self.direct)["large"])
         return {**first, **found}
@@ -131,8 +141,11 @@ def main() -> None:
     runs = Runs(options.model, options.n, options.batch, options.work)
     images = runs.images()
     scores = {name: runs.scores(found) for name, found in images.items()}
-    record = {"model": options.model, "images": options.n, "steps": STEPS, "scheduler": type(runs.pipe.scheduler).__name__,
-              "scores": scores, "evaluated": runs.work_done, "versions": versions(), "machine": machine(torch.device("cpu"))}  # fmt: skip
+    record = {
+        "model": options.model, "images": options.n, "steps": STEPS,
+        "scheduler": type(runs.pipe.scheduler).__name__, "scores": scores, "evaluated": runs.work_done,
+        "versions": versions(), "machine": machine(torch.device("cpu")),
+    }  # fmt: skip
     with whole(FOLDER / f"diffusehigh-{options.model}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n")
     if options.model == "tiny-fashion-sd":
