@@ -113,8 +113,8 @@ def sampled(swaps, guide):
     sigmas = [*torch.logspace(math.log10(80), -2, STEPS, dtype=torch.float64).tolist(), 0.0]
     x = noise(1, 1, SIDE, SIDE, seed=2) * sigmas[0]
     for step in range(STEPS):
-        gain = basis @ torch.diag(spectrum / (spectrum + sigmas[step] ** 2)) @ basis.T
-        x0 = (gain @ x.flatten()).reshape(x.shape)
+        shrunk = spectrum / (spectrum + sigmas[step] ** 2) * (basis.T @ x.flatten())
+        x0 = (basis @ shrunk).reshape(x.shape)
         if step < swaps:
             x0 = with_low_band(x0, guide, 1, "periodization")
         ratio = sigmas[step + 1] / sigmas[step]
