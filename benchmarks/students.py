@@ -41,7 +41,10 @@ PER_LABEL = 8
 TIMED = 64
 """Images of a round of the measurement of time."""
 
-PAIRS = (("2rf", "2rf-uniform"), ("slimflow", "slimflow-constant"), ("phased-dmd", "dmd2"))
+PAIRS = (
+    ("2rf", "2rf-uniform"), ("slimflow", "slimflow-constant"), ("phased-dmd", "dmd2"),
+    ("phased-dmd-full", "dmd2"),
+)  # fmt: skip
 """Students whose differences are a row of the second table."""
 
 
