@@ -16,16 +16,18 @@ References:
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import OptionError
+from .files import whole
 
-__all__ = ["Choices", "Engine", "Evolution", "Ranking", "Scored", "Space"]
+__all__ = ["Choices", "Engine", "Evolution", "Ranking", "Scored", "Space", "read_state", "write_state"]
 
 G = TypeVar("G")
 
@@ -181,7 +183,8 @@ class Evolution(Engine[G]):
         space: What is searched.
         seed: Decides everything.
         parents: The best candidates that have children.
-        children: Children a candidate that is asked for, of which the ranking chooses the most promising.
+        children: Children a candidate that is asked for, of which the ranking chooses the most promising; 1
+            leaves it nothing to choose, and it is not trained.
         crossing: The share of children that have two parents.
         blind: The share of candidates that the ranking does not choose.
 
@@ -256,7 +259,7 @@ class Evolution(Engine[G]):
             self._known.add(self._key(candidate))
             self._enter(candidate, score)
         finite = [entry for entry in self.scored if entry.score < float("inf")]
-        if len(finite) >= 2 * self.parents:
+        if self.children > 1 and len(finite) >= 2 * self.parents:
             self.ranking.fit([self.space.encode(e.candidate) for e in finite], [e.score for e in finite])
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,3 +281,43 @@ class Evolution(Engine[G]):
         self.ranking = Ranking(state.get("seed", self.ranking.seed))
         pairs = [(self.space.from_plain(data), score) for data, score in state["scored"]]
         self.tell([candidate for candidate, _ in pairs], [score for _, score in pairs])
+
+
+def write_state(file: Path, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Writes what a search goes on from, whole or not at all.
+
+    Arguments:
+        file: The file.
+        facts: What a search that goes on must have the same, as plain data.
+        state: The state.
+    """
+    with whole(file) as temporary:
+        temporary.write_text(json.dumps({"facts": facts, **state}), encoding="utf-8")
+
+
+def read_state(file: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the state that `write_state` has written, or None if there is no file.
+
+    Arguments:
+        file: The file.
+        facts: The facts of the search that is to go on.
+
+    Raises:
+        OptionError: If the file cannot be read, or is that of another search.
+    """
+    if not file.exists():
+        return None
+    try:
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = state.pop("facts")
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"cannot read the search {str(file)!r}: {error}; remove it to begin anew"
+        ) from None
+    ours = json.loads(json.dumps(facts))
+    if different := [key for key in ours if found.get(key) != ours[key]]:
+        key = different[0]
+        raise OptionError(
+            f"{str(file)!r} is another search: {key} is {found.get(key)!r}, now {ours[key]!r}"
+        )
+    return state

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from ..cma_engine import cma_library
 from ..errors import OptionError
 from .family import solver_of
 from .gits import gits_grids
@@ -55,7 +56,7 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
         if not 0 <= self.fitting <= 1:
             raise OptionError(f"fitting is {self.fitting}; expected a part from 0 to 1")
         if self.fitting:
-            _cma()
+            cma_library()
         super().__post_init__()
 
     def make_space(self) -> ScheduleSpace:
@@ -97,7 +98,7 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
     def _move(self, best: Schedule, done: int, generations: int, objective: Objective, share: Share,
               advance: Callable[[int], None]) -> None:  # fmt: skip
         """Moves the nodes of a schedule; ``done`` candidates were polished before."""
-        strategy = _cma().CMAEvolutionStrategy(
+        strategy = cma_library().CMAEvolutionStrategy(
             [0.0] * (len(best.sigmas) - 2), WIDTH,
             {"seed": self.seed + 1, "popsize": self.batch, "verbose": -9},
         )  # fmt: skip
@@ -143,11 +144,3 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
         """Returns to a saved state."""
         self.polished = [(distance, Schedule.from_dict(data)) for distance, data in state.pop("polished")]
         super().load_state(state)
-
-
-def _cma() -> Any:
-    try:
-        import cma
-    except ImportError:
-        raise OptionError("the search needs the package cma: pip install diffaccel[search]") from None
-    return cma

@@ -4,7 +4,6 @@ All candidates see the same conditions and noise; the best are scored again on o
 reported on a third set. A search can be stopped and goes on from its file.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ..errors import OptionError, closest
-from ..files import whole
-from ..search import Engine, Evolution, Space
+from ..search import Engine, Evolution, Space, read_state, write_state
 from .family import family_of
 from .objective import Objective, Score, distance
 
@@ -190,10 +188,8 @@ class PipelineSearch(ABC, Generic[G, S]):
 
     def save(self) -> None:
         """Writes the state, if there is a file for it."""
-        if self.file is None or not self.writes:
-            return
-        with whole(self.file) as temporary:
-            temporary.write_text(json.dumps({"facts": self._facts(), **self.state()}), encoding="utf-8")
+        if self.file is not None and self.writes:
+            write_state(self.file, self._facts(), self.state())
 
     def load(self) -> dict[str, Any] | None:
         """Returns the state in the file, if there is one.
@@ -201,19 +197,4 @@ class PipelineSearch(ABC, Generic[G, S]):
         Raises:
             OptionError: If it is that of another search.
         """
-        if self.file is None or not self.file.exists():
-            return None
-        try:
-            state: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
-            facts = state.pop("facts")
-        except (OSError, ValueError, KeyError) as error:
-            raise OptionError(
-                f"cannot read the search {str(self.file)!r}: {error}; remove it to begin anew"
-            ) from None
-        ours = json.loads(json.dumps(self._facts()))
-        if different := [key for key in ours if facts.get(key) != ours[key]]:
-            raise OptionError(
-                f"{str(self.file)!r} is another search: {different[0]} is {facts.get(different[0])!r}, "
-                f"now {ours[different[0]]!r}"
-            )
-        return state
+        return None if self.file is None else read_state(self.file, self._facts())
