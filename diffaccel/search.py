@@ -311,13 +311,9 @@ def read_state(file: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = state.pop("facts")
     except (OSError, ValueError, KeyError) as error:
-        raise OptionError(
-            f"cannot read the search {str(file)!r}: {error}; remove it to begin anew"
-        ) from None
+        raise OptionError(f"cannot read the search {str(file)!r}: {error}; remove it to begin anew") from None
     ours = json.loads(json.dumps(facts))
     if different := [key for key in ours if found.get(key) != ours[key]]:
         key = different[0]
-        raise OptionError(
-            f"{str(file)!r} is another search: {key} is {found.get(key)!r}, now {ours[key]!r}"
-        )
+        raise OptionError(f"{str(file)!r} is another search: {key} is {found.get(key)!r}, now {ours[key]!r}")
     return state

@@ -1,4 +1,4 @@
-"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | search | ...``."""
+"""The command line: ``diffaccel list | generate | bench | demo | fid | stats | eval | combine | ...``."""
 
 import sys
 from collections.abc import Sequence
@@ -335,6 +335,55 @@ def search_autodiffusion_(
 
 
 app.add_typer(distill_app, name="distill")
+
+
+@app.command("combine")
+def combine_(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(help="Files, pipeline folders or adapters, oldest first; or a run's folder."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="What they are tried in: zoo name, pipeline folder, hub id, run's folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the pipeline and combination.json.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the deployment.")] = 1,
+    metric: Annotated[
+        str, typer.Option(help="fd, kid, recall, ..., or MODULE:FUNCTION of images, less being better.")
+    ] = "fd",
+    budget: Annotated[int, typer.Option(min=1, help="Candidates to score.")] = 300,
+    method: Annotated[str, typer.Option(help="lcsc (CMA-ES), lcsc-ga, ema, mwa, swad or uniform.")] = "lcsc",
+    watch: Annotated[str, typer.Option(help="A second metric, reported; '' for none.")] = "kid",
+    images: Annotated[int, typer.Option(min=2, help="Images of an evaluation.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 250,
+    last: Annotated[int, typer.Option(min=0, help="The last N checkpoints only; 0 for all.")] = 0,
+    singles: Annotated[
+        bool, typer.Option("--singles", help="Score each checkpoint first, for MWA and SWAD as starts.")
+    ] = False,
+    cap: Annotated[float, typer.Option(min=0, help="Largest sum of |coefficients|; 0 for no limit.")] = 0.0,
+    group: Annotated[
+        list[str] | None, typer.Option(help="Repeatable: tensors named so have coefficients of their own.")
+    ] = None,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    protocol: Protocol = "offline",
+    reference: Annotated[
+        Path | None, typer.Option(help="Images or statistics; half of the images are held out.")
+    ] = None,
+    component: Annotated[str, typer.Option(help="The network, in a pipeline of several.")] = "",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Type of the weights that are written.")] = "float32",
+) -> None:
+    """Searches the linear combination of saved checkpoints with the best samples; goes on after a kill."""
+    from .combine import run
+
+    lines = run(checkpoints, model, out, metric, component, prompts, reference, device, dtype, steps=steps,
+                budget=budget, method=method, watch=watch, images=images, batch=batch, last=last,
+                singles=singles, cap=cap, groups=tuple(group or ()), guidance=guidance, protocol=protocol,
+                seed=seed)  # fmt: skip
+    for line in lines:
+        typer.echo(line)
 
 
 convert = typer.Typer(help="Turns official checkpoints into pipeline folders.", no_args_is_help=True)

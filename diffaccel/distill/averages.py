@@ -104,7 +104,9 @@ def swad_window(losses: Sequence[float], converged: int = 3, patience: int = 6,
     return start, len(found) - 1
 
 
-def swad(losses: Sequence[float], converged: int = 3, patience: int = 6, tolerance: float = 1.3) -> np.ndarray:
+def swad(
+    losses: Sequence[float], converged: int = 3, patience: int = 6, tolerance: float = 1.3
+) -> np.ndarray:
     """Returns the coefficients of the mean over the flat part of a loss curve, see `swad_window`.
 
     The paper averages every iteration of it; here it is the checkpoints.

@@ -97,7 +97,7 @@ class CheckpointMatrix:
             first = self.checkpoints[0].read(name, start, stop)
             for place, checkpoint in enumerate(self.checkpoints):
                 values = checkpoint.read(name, start, stop)
-                sums[place] = zlib.crc32(values.view(torch.uint8).numpy(), sums[place])
+                sums[place] = zlib.crc32(values.view(torch.uint8).numpy().data, sums[place])
                 if values.is_floating_point() and not bool(values.isfinite().all()):
                     raise CheckpointError(f"{name!r} in {checkpoint.label!r} is not finite")
                 moves = moves or not torch.equal(values.to(first.dtype), first)

@@ -50,7 +50,9 @@ class CoefficientSpace(VectorSpace[Coefficients]):
 
     def __init__(self, count: int, starts: Sequence[Any] = (), groups: int = 1, cap: float = 0.0) -> None:
         if count < 2 or groups < 1 or (cap and not cap >= 1):
-            raise OptionError(f"{count} checkpoints, {groups} groups, cap {cap}; expected 2, 1, and 1 or none")
+            raise OptionError(
+                f"{count} checkpoints, {groups} groups, cap {cap}; expected 2, 1, and 1 or none"
+            )
         self.count, self.groups, self.cap = count, groups, cap
         self._starts = [self.legal(start) for start in starts]
         self._basis = helmert(count) * (2 / count)  # (K - 1, K) rows that sum to 0

@@ -102,7 +102,9 @@ class Combination:
         if self.method not in METHODS:
             raise OptionError(f"no method {self.method!r}; {closest(self.method, METHODS)}")
         if self.budget < 1 or self.top < 1 or self.seed < 0:
-            raise OptionError(f"budget {self.budget}, top {self.top}, seed {self.seed}; expected 1, 1, 0 or more")
+            raise OptionError(
+                f"budget {self.budget}, top {self.top}, seed {self.seed}; expected 1, 1, 0 or more"
+            )
         self.singles = self.singles or self.method in _SINGLES
         self.known: dict[Coefficients, str] = {}
         """The names of known averages."""

@@ -33,7 +33,7 @@ from .fixed_guidance import ignores_guidance
 from .grid import Calls, Grid, fixed_grid, scheduler_for
 from .trial import Student, cast, compare, images, in_training, with_network, with_parts
 
-__all__ = ["GUIDANCE_KEY", "STEPS_KEY", "Grid", "export", "export_lora", "scheduler_for"]
+__all__ = ["GUIDANCE_KEY", "STEPS_KEY", "Grid", "amend", "export", "export_lora", "scheduler_for"]
 
 GUIDANCE_KEY = "_guidance_scale"
 """In the configuration of a student's scheduler: the guidance scale to call the pipeline with."""
@@ -85,7 +85,7 @@ def export(
 
     def write(folder: Path, pipe: Any) -> tuple[Any, list[str], dict[str, str]]:
         pipe.save_pretrained(folder)
-        _amend(folder, pipe)
+        amend(folder, pipe)
         code = ["from diffusers import DiffusionPipeline", "",
                 f'pipe = DiffusionPipeline.from_pretrained("{target.name}")']  # fmt: skip
         if own := _own_parts(pipe):  # diffusers loads from imported modules alone
@@ -275,7 +275,7 @@ def _notes(trained: Student) -> dict[str, Any]:
     return {**scale, STEPS_KEY: [len(grid) for grid in trained.grids]}
 
 
-def _amend(folder: Path, pipe: Any) -> None:
+def amend(folder: Path, pipe: Any) -> None:
     """Removes the paths of this machine, and adds the names of classes, which DiTPipeline does not save."""
     for file in (found for name in _CONFIGURATIONS for found in folder.rglob(name)):
         content = read_object(file, ModelError)

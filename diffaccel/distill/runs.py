@@ -128,7 +128,7 @@ def resume(folder: Path, overrides: tuple[str, ...] = (), training: bool = True)
 
 
 def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bool = False,
-               overwrite: bool = False) -> Path:  # fmt: skip
+               overwrite: bool = False, network: nn.Module | None = None) -> Path:  # fmt: skip
     """Writes the average of a run's student as a pipeline folder, and returns the folder.
 
     Arguments:
@@ -137,6 +137,7 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         dtype: The type of the weights.
         lora: Whether a LoRA student leaves as an adapter for ``load_lora_weights``, not merged.
         overwrite: Whether an existing folder may be replaced.
+        network: What leaves in the student's place: a network of its kind, without adapters.
 
     Raises:
         OptionError: If the student is no adapter, and ``lora`` asks for one; or if rounding would
@@ -164,6 +165,8 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
     check_grids(experts, run.host.units, grids)
     if lora and not config.lora_rank:
         raise OptionError("the student has weights of its own; only one with lora_rank leaves as an adapter")
+    if network is not None:
+        return export(network, run.pipe, component, grids, out, **options)
     with averaged(run.trainer, run.host.units) as student:
         if len(experts) == 1 and config.lora_rank:
             network = run.trainer.roles["student"].network

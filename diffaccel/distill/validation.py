@@ -22,7 +22,7 @@ from .method import Method
 from .runs import Run, guidance_of
 from .trial import with_network, with_parts
 
-__all__ = ["Validation", "student_pipe"]
+__all__ = ["Validation", "conditions_of", "student_pipe"]
 
 SEED = 700_000_000
 """The first seed of validations: noise that no pairs of common seeds have."""
@@ -38,6 +38,14 @@ def student_pipe(pipe: Any, component: str, network: nn.Module, method: Method, 
     return student
 
 
+def conditions_of(run: Run, count: int) -> list[str]:
+    """Returns conditions to measure a run's student on: those of the zoo's models, or those of the pairs."""
+    if run.config.teacher in zoo.names():
+        return default_conditions(run.config.teacher, run.pipe, count)
+    known = list(dict.fromkeys(map(str, run.store.conditions)))
+    return [known[n % len(known)] for n in range(count if known and run.host.kind != "batch_size" else 0)]
+
+
 class Validation:
     """Measures the average of a run's student; the conditions and the noise are always the same.
 
@@ -48,11 +56,8 @@ class Validation:
     def __init__(self, run: Run) -> None:
         config, self.run = run.config, run
         count = config.eval_count
-        known = list(dict.fromkeys(map(str, run.store.conditions)))
         zoo_model = config.teacher in zoo.names()
-        self.conditions = default_conditions(config.teacher, run.pipe, count) if zoo_model else [
-            known[n % len(known)] for n in range(count if known and run.host.kind != "batch_size" else 0)
-        ]  # fmt: skip
+        self.conditions = conditions_of(run, count)
         self.shown: dict[str, Tensor] = {}
         """The first images of the teacher and of each number of steps."""
         self.extractor: Extractor | None = None
