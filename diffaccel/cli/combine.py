@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 
-from ..distill.combine import Plan, combine, host_of
-from ..errors import OptionError
+from .. import zoo
+from ..distill.combine import Plan, combine, host_of, host_of_run
+from ..distill.runs import Run
+from ..errors import MissingReference, OptionError
 from ..zoo.folders import quiet
 from .reading import check_options, read_prompts
 from .scoring import reference_data
 from .writing import check_output, counting
 
-__all__ = ["lines_of", "run"]
+__all__ = ["COMBINED", "at_end", "check_run", "lines_of", "run"]
+
+COMBINED = "combined"
+"""The folder in that of a run, for what its checkpoints are combined to."""
 
 
 def run(checkpoints: Sequence[Path], model: str, out: Path, metric: str, component: str, prompts: Path | None,
@@ -51,6 +56,31 @@ def run(checkpoints: Sequence[Path], model: str, out: Path, metric: str, compone
         with counting("combinations", plan.budget) as advance:
             record = combine(plan, checkpoints, host, out, score=score, reference=data, device=device,
                              dtype=getattr(torch, dtype), advance=advance)  # fmt: skip
+    return lines_of(record, out)
+
+
+def check_run(run: Run) -> None:
+    """Checks, before a run trains, that its checkpoints can be combined afterwards, if they are to be.
+
+    Raises:
+        MissingReference: If there are no reference images.
+        OptionError: If its student is several experts.
+    """
+    config = run.config
+    if config.combine_budget and not config.reference and config.teacher not in zoo.names():
+        raise MissingReference("combine_budget needs reference=IMAGES; only models of the zoo have their own")
+    if config.combine_budget and len(run.method.experts()) != 1:
+        raise OptionError("combine_budget combines one network, and this student is several experts")
+
+
+def at_end(run: Run) -> list[str]:
+    """Combines the raw weights that a finished run has kept, for its first number of steps; returns lines."""
+    config, out = run.config, run.folder / COMBINED
+    plan = Plan(steps=config.steps[0], budget=config.combine_budget, protocol=config.protocol,
+                seed=config.seed)  # fmt: skip
+    device = str(run.trainer.accelerator.device)
+    with quiet([]), counting("combinations", plan.budget) as advance:
+        record = combine(plan, [run.folder], host_of_run(run, device), out, device=device, advance=advance)
     return lines_of(record, out)
 
 

@@ -19,6 +19,7 @@ from ..distill.runs import Run, export_run, resume, start
 from ..distill.trainer import Trainer
 from ..distill.validation import Validation
 from ..zoo.folders import quiet as silence
+from .combine import at_end, check_run
 from .figures import draw_grid
 from .reading import check_options
 from .report import page
@@ -42,7 +43,7 @@ def begin(
         quiet: Whether to show no progress.
 
     Returns:
-        One line on how it ended.
+        A line on how it ended, and some on the combination of its checkpoints if there was one.
     """
     return _train(start(read(file, overrides, method=method)), minutes, quiet)
 
@@ -64,6 +65,7 @@ def leave(folder: Path, out: Path, dtype: str, lora: bool, overwrite: bool) -> s
 def _train(run: Run, minutes: float | None, quiet: bool) -> str:
     trainer, config = run.trainer, run.config
     main = trainer.accelerator.is_main_process
+    check_run(run)
     with silence([]):
         validation = Validation(run) if config.eval_count else None
     until = None if minutes is None else time.monotonic() + 60 * minutes
@@ -82,7 +84,10 @@ def _train(run: Run, minutes: float | None, quiet: bool) -> str:
             validate=None if validation is None else validate, show=show,
         )  # fmt: skip
     trainer.accelerator.end_training()
-    return f"{outcome} after {trainer.images} images: {run.folder}"
+    ended = f"{outcome} after {trainer.images} images: {run.folder}"
+    if config.combine_budget and outcome == "complete" and main:
+        return "\n".join([ended, *at_end(run)])
+    return ended
 
 
 def _write(run: Run, validation: Validation, latest: dict[str, Any]) -> None:

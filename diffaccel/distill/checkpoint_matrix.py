@@ -187,7 +187,7 @@ def _product(rows: Tensor, row: np.ndarray) -> Tensor:
     used = np.flatnonzero(row)
     if len(used) == 1 and row[used[0]] == 1:
         return rows[used[0]]
-    return torch.mv(rows.T, torch.as_tensor(row, dtype=rows.dtype, device=rows.device))
+    return torch.mv(rows.T, torch.tensor(row, dtype=rows.dtype, device=rows.device))
 
 
 def as_rows(coefficients: Any, groups: int, count: int) -> np.ndarray:
@@ -201,7 +201,7 @@ def as_rows(coefficients: Any, groups: int, count: int) -> np.ndarray:
         rows = np.broadcast_to(rows, (groups, count))
     if rows.shape != (groups, count) or not np.isfinite(rows).all() or not rows.any(1).all():
         raise OptionError(
-            f"coefficients of shape {rows.shape}; expected ({count},) or ({groups}, {count}), finite and not 0"
+            f"coefficients of shape {rows.shape}; expected ({count},) or ({groups}, {count}), finite, not 0"
         )
     return rows
 
@@ -238,7 +238,7 @@ def targets_of(network: nn.Module, shapes: Mapping[str, Sequence[int]], label: s
             raise CheckpointError(f"{label!r} has {name!r}, which the network has not; {remedy}")
         if tuple(own[name].shape) != tuple(shape):
             raise CheckpointError(
-                f"{name!r} has shape {tuple(shape)} in {label!r} and {tuple(own[name].shape)} in the network; "
+                f"{name!r} has shape {tuple(shape)} in {label!r}, {tuple(own[name].shape)} in the network; "
                 f"{remedy}"
             )
     there = {own[name].data_ptr() for name in shapes}
@@ -258,7 +258,7 @@ def _check_alike(checkpoints: Sequence[Checkpoint]) -> None:
             theirs = other.pieces[name]
             if piece.shape != theirs.shape:
                 raise CheckpointError(
-                    f"{name!r} has shape {piece.shape} in {first.label!r} and {theirs.shape} in {other.label!r}"
+                    f"{name!r} has shape {piece.shape} in {first.label!r}, {theirs.shape} in {other.label!r}"
                 )
             if piece.dtype.is_floating_point != theirs.dtype.is_floating_point:
                 raise CheckpointError(

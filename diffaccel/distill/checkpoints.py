@@ -115,8 +115,17 @@ def _compare(own: Mapping[str, Any], saved: Any, folder: Path, ignored: Sequence
             )
 
 
-def keep_raw(trainer: "Trainer", interval: int) -> None:
-    """Keeps a copy of the student's raw weights, if the last one is ``interval`` images ago."""
+def keep_raw(trainer: "Trainer", interval: int, keep: int = 0) -> None:
+    """Keeps a copy of the student's raw weights, if the last one is ``interval`` images ago.
+
+    Arguments:
+        trainer: The trainer.
+        interval: The images between two copies; 0 keeps none.
+        keep: How many of the newest copies stay; 0 for all.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
     folder = trainer.run / "raw"
     file = folder / f"student-{trainer.images:010d}.safetensors"
     if not interval or not trainer.accelerator.is_main_process:
@@ -133,3 +142,5 @@ def keep_raw(trainer: "Trainer", interval: int) -> None:
                 save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write {str(file)!r}: {error}") from error
+        for old in sorted(folder.glob("student-*.safetensors"))[: -keep or 0]:
+            old.unlink()

@@ -42,7 +42,7 @@ class CoefficientSpace(VectorSpace[Coefficients]):
         count: The number K of checkpoints.
         starts: Known points, with shape (K) or (G, K).
         groups: The number G of groups.
-        cap: The largest sum of the absolute values in a group: 1 allows no negative ones; 0 does not limit it.
+        cap: The largest sum of the absolute values in a group: 1 allows no negative ones, 0 is no limit.
 
     Raises:
         OptionError: If the cap is below 1, or there are fewer than 2 checkpoints.

@@ -76,7 +76,7 @@ class Combination:
         seed: Decides everything.
         singles: Whether each checkpoint is scored first (K of the budget), for the averages that need it;
             "mwa" and "swad" always do.
-        cap: The largest sum of the absolute coefficients of a group; 1 allows no negative ones, 0 is no limit.
+        cap: The largest sum of absolute coefficients of a group: 1 allows no negative ones, 0 is no limit.
         top: The candidates that are scored again.
         file: Where the state is kept, so that the search goes on; None keeps none.
         facts: What else a search that goes on must have the same; the budget may grow.

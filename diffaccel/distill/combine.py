@@ -105,7 +105,7 @@ class Host:
         conditions: What gives so many conditions.
         options: Further arguments of a call.
         guidance: The guidance scale, None for the pipeline's own.
-        save: Writes the pipeline as it is to a folder, with weights of a type.
+        save: Writes the pipeline as it is to a folder, with weights of a type; its name, and its record.
         reference: The reference images, None for those of the zoo, or "" if there are none.
     """
 
@@ -115,7 +115,7 @@ class Host:
     conditions: Callable[[int], list[str]]
     options: Mapping[str, Any]
     guidance: float | None
-    save: Callable[[Path, torch.dtype], None]
+    save: Callable[[Path, torch.dtype, str, Mapping[str, Any]], None]
     reference: str | None
 
 
@@ -145,7 +145,7 @@ def host_of(model: str, component: str = "", device: str = "cpu",
     if name not in networks:
         raise OptionError(f"{model!r} has no network {name!r}; known: {', '.join(networks)}")
 
-    def save(folder: Path, dtype: torch.dtype) -> None:
+    def save(folder: Path, dtype: torch.dtype, name: str, record: Mapping[str, Any]) -> None:
         whole = cast(pipe, dtype)
         whole.save_pretrained(folder)
         amend(folder, whole)
@@ -174,10 +174,10 @@ def host_of_run(run: Run, device: str = "cpu", conditions: Sequence[str] | None 
     network = settled(run.trainer.roles["student"].network, None).to(device)
     pipe = student_pipe(run.pipe, component, network, run.method, config.steps).to(device)
 
-    def save(folder: Path, dtype: torch.dtype) -> None:
+    def save(folder: Path, dtype: torch.dtype, name: str, record: Mapping[str, Any]) -> None:
         run.pipe.to(device)
-        inner = folder / folder.name  # its card calls it by this name
-        export_run(run, inner, dtype, network=network)
+        inner = folder / name  # its card calls it so
+        export_run(run, inner, dtype, network=network, about=_about(config.method, record))
         for part in inner.iterdir():
             part.rename(folder / part.name)
         inner.rmdir()
@@ -188,6 +188,15 @@ def host_of_run(run: Run, device: str = "cpu", conditions: Sequence[str] | None 
     reference = config.reference or (None if config.teacher in zoo.names() else "")
     guided = guidance_of(run.pipe) if "guidance_scale" in type(pipe).__call__.__code__.co_varnames else None
     return Host(pipe, component, network, chosen, run.store.options, guided, save, reference)
+
+
+def _about(method: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the card of a combined student says otherwise."""
+    count, plan = len(record["checkpoints"]), record["plan"]
+    figures = {f"{name}, {plan['steps']} steps, held-out noise and reference": f"{found['value']:.5g}"
+               for name, found in record["scores"]["held_out"].items()}  # fmt: skip
+    return {"method": f"{method}; linear combination of {count} checkpoints ({record['origin']})",
+            "figures": figures}  # fmt: skip
 
 
 def source_of(paths: Sequence[str | Path], component: str, plan: Plan, device: str = "cpu",
@@ -281,7 +290,7 @@ def combine(plan: Plan, checkpoints: Sequence[str | Path], host: Host, out: str 
     source.write(found.coefficients, targets)
     state = (out / SEARCH).read_text(encoding="utf-8")
     with whole_folder(out) as folder:
-        host.save(folder, dtype)
+        host.save(folder, dtype, out.name, record)
         if adapter:
             save_file(adapter, folder / _ADAPTER, metadata={"format": "pt"})
         (folder / COMBINATION).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")

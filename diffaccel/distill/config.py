@@ -50,6 +50,9 @@ class Config:
         save_minutes: Between two checkpoints.
         keep_last: The checkpoints that are kept.
         keep_images: Between two copies of the raw weights that are kept for combination; 0 keeps none.
+        keep_raw: The newest of these copies that stay; 0 for all.
+        combine_budget: The evaluations of a search for their combination after the training, see `combine`;
+            0 for none.
         tracker: A tracker of accelerate, such as "tensorboard" or "wandb"; "" for none.
         options: The options of the method.
     """
@@ -84,6 +87,8 @@ class Config:
     save_minutes: float = option(3.0, low=0.0)
     keep_last: int = option(2, low=1)
     keep_images: int = option(0, low=0)
+    keep_raw: int = option(0, low=0)
+    combine_budget: int = option(0, low=0)
     tracker: str = option("")
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,6 +111,8 @@ class Config:
             raise OptionError("eval_count=1: the health of one image cannot be told; 0 measures nothing")
         if self.lora_rank and self.student_changes:
             raise OptionError("lora_rank and student_changes exclude each other")
+        if self.combine_budget and not self.keep_images:
+            raise OptionError("combine_budget needs the raw weights that keep_images=N keeps")
         self.make_method()
 
     def make_method(self) -> Method:

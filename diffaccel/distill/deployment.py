@@ -128,7 +128,7 @@ class Deployment:
     Arguments:
         pipe: The pipeline.
         write: What sets its network's weights for coefficients (G, K).
-        judge: What scores images: a `Judge`, or a function of images (N, 3, H, W) in [0, 1], less being better.
+        judge: A `Judge`, or a function of images (N, 3, H, W) in [0, 1], less being better.
         steps: The number of inference steps.
         images: The images of part 0.
         conditions: Prompts or labels of all parts in turn, see `images_needed`; nothing for an unconditional

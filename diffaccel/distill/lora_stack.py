@@ -51,8 +51,8 @@ class LoraStack:
         device: Where combinations are computed.
 
     Raises:
-        CheckpointError: If there is one only, or layers or shapes differ, or a weight is not finite, or a file
-            has anything but plain LoRA weights of this network.
+        CheckpointError: If there is one only, or layers or shapes differ, or a weight is not finite, or a
+            file has anything but plain LoRA weights of this network.
         OptionError: If a group has no layer.
     """
 
@@ -66,7 +66,7 @@ class LoraStack:
             first = {layer: _shape(factors) for layer, factors in found[0].items()}
             if first != {layer: _shape(factors) for layer, factors in layers.items()}:
                 raise CheckpointError(
-                    f"{checkpoint.label!r} and {checkpoints[0].label!r} adapt other layers, or of other shapes"
+                    f"{checkpoint.label!r} and {checkpoints[0].label!r} adapt different layers or shapes"
                 )
         self.layers = {layer: [_Factors(*(part.to(device) for part in one[layer])) for one in found]
                        for layer in sorted(found[0])}  # fmt: skip
@@ -124,7 +124,7 @@ class LoraStack:
 
     @torch.no_grad()
     def write_reduced(self, coefficients: Any, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Writes the combination at the rank of the adapters, and returns it as diffusers saves an adapter."""
+        """Writes the combination at the adapters' rank, and returns it as diffusers saves an adapter."""
         saved = {}
         start = f"{self.component}." if self.component else ""
         for layer, (a, b) in self.reduced(coefficients).items():
@@ -182,8 +182,8 @@ def _layers(checkpoint: Checkpoint, component: str) -> dict[str, _Factors]:
             alphas[own.removesuffix(".alpha")] = float(values)
         else:
             raise CheckpointError(
-                f"{name!r} in {checkpoint.label!r} is no LoRA weight NAME.lora_A.weight; load the file into a "
-                "pipeline and save it with save_lora_weights"
+                f"{name!r} in {checkpoint.label!r} is no LoRA weight NAME.lora_A.weight; load the file into "
+                "a pipeline and save it with save_lora_weights"
             )
     settings = _settings(checkpoint, component)
     found = {}

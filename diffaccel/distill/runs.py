@@ -128,7 +128,8 @@ def resume(folder: Path, overrides: tuple[str, ...] = (), training: bool = True)
 
 
 def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bool = False,
-               overwrite: bool = False, network: nn.Module | None = None) -> Path:  # fmt: skip
+               overwrite: bool = False, network: nn.Module | None = None,
+               about: Mapping[str, Any] | None = None) -> Path:  # fmt: skip
     """Writes the average of a run's student as a pipeline folder, and returns the folder.
 
     Arguments:
@@ -138,6 +139,7 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         lora: Whether a LoRA student leaves as an adapter for ``load_lora_weights``, not merged.
         overwrite: Whether an existing folder may be replaced.
         network: What leaves in the student's place: a network of its kind, without adapters.
+        about: What its card says otherwise.
 
     Raises:
         OptionError: If the student is no adapter, and ``lora`` asks for one; or if rounding would
@@ -155,6 +157,7 @@ def export_run(run: Run, out: Path, dtype: torch.dtype = torch.float16, lora: bo
         "data": f"{len(run.store)} pairs of {what}{guided}",
         "licence": "that of the teacher", "hours": f"{run.trainer.seconds / 3600:.2f}",
         "figures": run.trainer.figures, "limits": f"trained for {', '.join(map(str, config.steps))} steps",
+        **(about or {}),
     }  # fmt: skip
     options: dict[str, Any] = {
         "options": run.store.options,

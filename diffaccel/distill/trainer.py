@@ -162,7 +162,7 @@ class Trainer:
                 self.log(validate())
                 measured = self.images
                 self._since += time.monotonic() - began
-            checkpoints.keep_raw(self, config.keep_images)
+            checkpoints.keep_raw(self, config.keep_images, config.keep_raw)
             now = time.monotonic()
             if self._agreed(now - saved > 60 * config.save_minutes):
                 checkpoints.save(self, config.keep_last)
