@@ -39,7 +39,7 @@ def samples(source, count):
 def distill(seed, folder, flow=1500, iterations=6000, window=2000, interval=50, averages=()):
     """Trains; writes a checkpoint every ``interval`` iterations of the last ``window`` ones.
 
-    Returns the files, and for each rate of ``averages`` the weights of a moving average over the distillation.
+    Returns the files, and for each rate of ``averages`` the weights of a moving average from ``flow`` on.
     """
     source, net = ring.generator(seed), network(seed)
     optimizer = torch.optim.Adam(net.parameters(), 1.5e-3)

@@ -76,8 +76,8 @@ def check_run(run: Run) -> None:
 def at_end(run: Run) -> list[str]:
     """Combines the raw weights that a finished run has kept, for its first number of steps; returns lines."""
     config, out = run.config, run.folder / COMBINED
-    plan = Plan(steps=config.steps[0], budget=config.combine_budget, protocol=config.protocol,
-                seed=config.seed)  # fmt: skip
+    plan = Plan(steps=config.steps[0], budget=config.combine_budget, images=config.combine_images,
+                protocol=config.protocol, seed=config.seed)  # fmt: skip
     device = str(run.trainer.accelerator.device)
     with quiet([]), counting("combinations", plan.budget) as advance:
         record = combine(plan, [run.folder], host_of_run(run, device), out, device=device, advance=advance)

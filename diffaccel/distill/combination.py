@@ -127,7 +127,7 @@ class Combination:
         own = [self._named("uniform", averages.uniform(self.count))]
         if self.method.startswith("lcsc") or self.method == "ema":
             own.insert(0, self._named("last", averages.one_hot(self.count)))
-            number = min(self.budget, _MANY) if self.method == "ema" else _RATES
+            number = max(1, min(self.budget - 2, _MANY)) if self.method == "ema" else _RATES
             rates = averages.ema_rates(self.count, number)
             own += [self._named(f"ema {gamma:.4g}", averages.ema(self.count, gamma)) for gamma in rates]
         if self.singles:

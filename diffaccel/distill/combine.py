@@ -68,6 +68,7 @@ class Plan:
         singles: Whether each checkpoint is scored first.
         cap: The largest sum of absolute coefficients; 0 for no limit.
         last: Only the last so many checkpoints; 0 for all.
+        groups: Beginnings of names of tensors, each with coefficients of its own.
     """
 
     steps: int = option(1, low=1)
@@ -92,6 +93,8 @@ class Plan:
             OptionError: If one is of a wrong type or not allowed.
         """
         check_options(self, "the combination")
+        if 0 < self.cap < 1:
+            raise OptionError(f"cap is {self.cap}; coefficients sum to 1: expected 1 or more, or 0 for none")
 
 
 @dataclass(frozen=True)

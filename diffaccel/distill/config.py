@@ -53,6 +53,7 @@ class Config:
         keep_raw: The newest of these copies that stay; 0 for all.
         combine_budget: The evaluations of a search for their combination after the training, see `combine`;
             0 for none.
+        combine_images: The images of one of them.
         tracker: A tracker of accelerate, such as "tensorboard" or "wandb"; "" for none.
         options: The options of the method.
     """
@@ -89,6 +90,7 @@ class Config:
     keep_images: int = option(0, low=0)
     keep_raw: int = option(0, low=0)
     combine_budget: int = option(0, low=0)
+    combine_images: int = option(1000, low=2)
     tracker: str = option("")
     options: Mapping[str, Any] = field(default_factory=dict)
 
