@@ -128,15 +128,24 @@ class Bench:
                                   ("uniform", "uniform", 0), ("MWA", "mwa", count + 5)):  # fmt: skip
             rows, score = kinds[kind]
             self.add(window, name, deployment, rows, search=score, evaluations=spent, checkpoints=count)
-        self.add(
-            window, "SWAD", deployment, averages.swad(metrics)[None], evaluations=count, checkpoints=count
-        )
+        if count >= 3:
+            rows = averages.swad(metrics)[None]
+            self.add(window, "SWAD", deployment, rows, evaluations=count, checkpoints=count)
         for method in self.arguments.methods:
             for budget in self.arguments.budgets:
-                found = searched(method, budget).winner(budget)
-                more = {"search": found.search, "fresh": found.fresh, "evaluations": budget}
+                more = self.winner(window, method, budget, searched)
+                rows = more.pop("coefficients")
                 name = f"{method.upper()} {budget}"
-                self.add(window, name, deployment, found.coefficients, checkpoints=count, **more)
+                self.add(window, name, deployment, rows, evaluations=budget, checkpoints=count, **more)
+
+    def winner(self, window: str, method: str, budget: int, searched: Any) -> dict[str, Any]:
+        """Returns what a search has found, its scores on the noise of the search and on fresh noise."""
+
+        def make() -> dict[str, Any]:
+            found = searched(method, budget).winner(budget)
+            return {"coefficients": found.coefficients, "search": found.search, "fresh": found.fresh}
+
+        return dict(kept(self.work / window / f"winner-{method}-{budget}.npz", make))
 
     def students(self) -> None:
         """Adds the plain student, the run's own moving average, in one step and in two."""
@@ -149,17 +158,13 @@ class Bench:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Measures both windows of a run: the last half of its training, and what half of it would have had."""
+    """Measures the last checkpoints of a run, and those that half of its training would have had."""
     bench = Bench(arguments)
     images, files = bench.run.trainer.images, expand([arguments.run])
     done = {file: int(file.stem.partition("-")[2]) for file in files}
-    starts = {
-        "full": images / 2,
-        "half": bench.run.method.boundaries[0] if bench.run.method.boundaries else 0,
-    }
+    start = max((0, *bench.run.method.boundaries))  # of the last phase, whose checkpoints are of one kind
     for window, stop in (("full", images), ("half", images / 2)):
-        chosen = [file for file in files if starts[window] < done[file] <= stop][-arguments.last :]
-        bench.window(window, chosen)
+        bench.window(window, [file for file in files if start < done[file] <= stop][-arguments.last :])
         if window == "full":
             bench.students()
 
@@ -179,8 +184,8 @@ def tables() -> None:
     text = (
         f"Searches: {record['search_images']} images, one half of the reference; all else: "
         f"{record['held_out_images']} images of fresh noise against the other half, protocol "
-        f'`{record["protocol"]}`, paired standard errors. "full": the checkpoints of the second half of '
-        f'{record["images"]} images of training; "half": those before. {record["machine"]["device"]}.\n\n'
+        f"`{record['protocol']}`, paired standard errors. `full`: the last checkpoints of {record['images']} "
+        f"images of training; `half`: the last ones of half of it. {record['machine']['device']}.\n\n"
     )
     text += markdown(Lines("combination", head, [("plain", line) for line in cells], ()))
     DOCS.write_text(f"{text}\n", encoding="utf-8")

@@ -151,7 +151,10 @@ def test_a_candidate_is_one_pass_over_the_matrix(checkpoints, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_checkpoints(tmp_path):
-    """40 checkpoints of 8 MB: what is added to the peak of the process is a small part of them."""
+    """40 checkpoints of 8 MB: the peak of the process rises by less than a third of them.
+
+    That is some 45 MB of slices, and code that the process has not touched before.
+    """
     paths = write(tmp_path, [{"w": torch.randn(2, 1 << 20)} for _ in range(40)])
     network = nn.Module()
     network.register_parameter("w", nn.Parameter(torch.zeros(2, 1 << 20)))
@@ -162,7 +165,7 @@ def test_memory_does_not_grow_with_the_checkpoints(tmp_path):
     before = _peak()
     found = CheckpointMatrix(paths, resident=0)
     found.write(averages.uniform(40), found.targets(network))
-    assert _peak() - before < 64 << 20 < 40 * 8 << 20
+    assert _peak() - before < (40 * 8 << 20) / 3
 
 
 def _peak():
