@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tiny_pipelines import TINY, fresh, load, run
 from torch import nn
 
-from diffaccel import Accelerator, accelerate
+from diffaccel import Accelerator, UnsupportedPipeline, accelerate
 from diffaccel.pipelines import registry
 from diffaccel.pipelines.gates import Gate
 from diffaccel.samplers.family import solver_of
@@ -106,8 +106,9 @@ def code(pipe):
 
 
 def skips_steps(name):
-    """Whether an accelerator skips evaluations; one of the kind "solver" does all of them, elsewhere."""
-    return registry()[name].exclusive not in ("guidance", "solver")
+    """Whether an accelerator skips evaluations; one of the kind "solver" does all of them, elsewhere, and one
+    of the kind "blocks" does all of them in part."""
+    return registry()[name].exclusive not in ("guidance", "solver", "blocks")
 
 
 def assert_skipping(pipe):
@@ -164,7 +165,8 @@ def test_report_adds_up(setting):
     assert report.evaluated + report.skipped == report.requested
     assert report.evaluated == len(ran) == sum(count.evaluated for count in report.counts.values())
     if not skips_steps(accel):
-        assert report.skipped == 0 and not report.actions
+        assert report.skipped == 0
+        assert bool(report.actions) == (registry()[accel].exclusive == "blocks")
         return
     skips = [action for action in report.actions if action.what == "skip"]
     assert len(skips) == report.skipped > 0, "both samples of a batch skip"
@@ -450,6 +452,10 @@ def test_compiled(name, how, number):
     """``fullgraph`` raises at a break; stock Flux has three graphs in blocks."""
     case, pipe = TINY["flux_true_cfg"], fresh("flux_true_cfg")
     graphs = compiled(pipe, how, fullgraph=True)
+    if how != "blocks" and registry()[name].exclusive == "blocks":
+        with pytest.raises(UnsupportedPipeline, match="compiled as a whole"):
+            pipe.to(accel=spec(name))
+        return
     pipe.to(accel=spec(name))
     for _ in range(2):
         result = run(case, pipe, STEPS)

@@ -10,6 +10,8 @@ from .condition_experts import ConditionExperts
 from .diffusehigh import DiffuseHighOutput, DiffuseHighPipeline
 from .disa import StepAnnealing
 from .feynman_kac_pipeline import FeynmanKacOutput, FeynmanKacPipeline
+from .inherit import Inherit
+from .inheritance import Inheritance
 from .mar import MARPipeline
 from .mar_scheduler import MARScheduler
 from .mar_transformer import MARTransformer2DModel
@@ -33,6 +35,8 @@ __all__ = [
     "Evaluation",
     "FeynmanKacOutput",
     "FeynmanKacPipeline",
+    "Inherit",
+    "Inheritance",
     "MARPipeline",
     "MARScheduler",
     "MARTransformer2DModel",

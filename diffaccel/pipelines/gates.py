@@ -17,7 +17,16 @@ from torch import nn
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["CURRENT", "Gate", "close_gate", "is_compiled", "open_gate", "outside", "seam"]
+__all__ = [
+    "CURRENT",
+    "Gate",
+    "close_gate",
+    "is_compiled",
+    "is_compiled_whole",
+    "open_gate",
+    "outside",
+    "seam",
+]
 
 CURRENT: ContextVar["Run | None"] = ContextVar("diffaccel_run", default=None)
 
@@ -90,7 +99,9 @@ def seam(module: nn.Module) -> str:
 
 def is_compiled(module: nn.Module) -> bool:
     """Returns whether a module or a part of it is compiled, so that new shapes would compile it again."""
-    return any(
-        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None
-        for part in module.modules()
-    )
+    return any(map(is_compiled_whole, module.modules()))
+
+
+def is_compiled_whole(module: nn.Module) -> bool:
+    """Returns whether a module itself is compiled, so that gates on its parts would be inside of its code."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

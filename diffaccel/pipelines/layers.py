@@ -8,12 +8,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
 from torch import Tensor, nn
 
-__all__ = ["SKIP_PATH", "residual_layers", "skip_path"]
+__all__ = ["SKIP_PATH", "is_transformer_block", "residual_layers", "skip_path"]
+
+_MORE = {SanaTransformerBlock: TransformerBlockMetadata(0, None)}
+"""What diffusers' own list lacks."""
 
 SKIP_PATH = ("upsample", "downsample", "conv_shortcut")
 """The parts of a U-Net's residual block that work on its input."""
@@ -35,7 +39,12 @@ def residual_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 def _is_residual(module: nn.Module) -> bool:
     kept = isinstance(module, Transformer2DModel) and module.is_input_continuous
-    return kept or isinstance(module, ResnetBlock2D) or _packing(module) is not None
+    return kept or isinstance(module, ResnetBlock2D) or is_transformer_block(module)
+
+
+def is_transformer_block(module: nn.Module) -> bool:
+    """Returns whether a module is a residual block of a transformer that is known."""
+    return _packing(module) is not None
 
 
 def skip_path(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -74,7 +83,7 @@ def _resnet_skip(block: ResnetBlock2D, x: Tensor) -> Tensor:
 def _packing(module: nn.Module) -> Any:
     """Returns what diffusers knows of a transformer block's arguments and outputs, or None."""
     TransformerBlockRegistry._register()
-    return TransformerBlockRegistry._registry.get(type(module))
+    return TransformerBlockRegistry._registry.get(type(module), _MORE.get(type(module)))
 
 
 def _packed(packing: Any, given: Mapping[str, Any]) -> Any:

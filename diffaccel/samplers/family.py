@@ -1,13 +1,11 @@
 """What a schedule was searched for: the model's path, and the model itself."""
 
-import hashlib
-import json
 from typing import Any
 
 import torch
 
-from ..errors import UnsupportedPipeline, UnsupportedScheduler
-from ..pipelines.run import denoisers_of
+from ..errors import UnsupportedScheduler
+from ..pipelines.identity import identity_of
 from .unified import UnifiedSolverScheduler
 
 __all__ = ["family_of", "solver_of"]
@@ -45,15 +43,4 @@ def family_of(pipe: Any) -> dict[str, str]:
     Raises:
         UnsupportedPipeline: If the pipeline has no denoiser.
     """
-    networks = denoisers_of(pipe)
-    if not networks:
-        raise UnsupportedPipeline(f"{type(pipe).__name__} has no denoiser")
-    name, module = next(iter(networks.items()))
-    network: Any = getattr(module, "_orig_mod", module)
-    config = {key: value for key, value in dict(network.config).items() if not key.startswith("_")}
-    text = json.dumps(config, sort_keys=True, default=str)
-    return {
-        "pipeline": type(pipe).__name__, "denoiser": f"{name}: {type(network).__name__}",
-        "config": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "path": solver_of(pipe.scheduler).path.name,
-    }  # fmt: skip
+    return {"pipeline": type(pipe).__name__, **identity_of(pipe), "path": solver_of(pipe.scheduler).path.name}

@@ -15,9 +15,10 @@ from torch import nn
 
 from ..errors import DiffaccelError, UnsupportedPipeline
 from ..pipelines.accelerator import Accelerator, Proceed, option
+from ..pipelines.identity import differs_from
 from ..pipelines.layers import residual_layers, skip_path
 from ..pipelines.run import BlockCall, Evaluation, Run, denoisers_of
-from .family import family_of, solver_of
+from .family import solver_of
 from .schedule import Schedule, ScheduleError
 
 __all__ = ["AutoDiffusion", "ThinnedSchedule"]
@@ -158,9 +159,8 @@ class AutoDiffusion(Accelerator):
         wanted = {name for names in self.thinned.dropped for name in names}
         if not wanted:
             return {}
-        ours, theirs = family_of(pipe), self.thinned.facts.get("family", {})
-        if any(theirs.get(key, ours[key]) != ours[key] for key in ("denoiser", "config")):
-            raise UnsupportedPipeline(f"the layers are those of {theirs['denoiser']}, another model")
+        if reason := differs_from(pipe, self.thinned.facts.get("family", {})):
+            raise UnsupportedPipeline(reason)
         found = [residual_layers(network) for network in networks]
         if missing := sorted(wanted - set(found[0])):
             raise UnsupportedPipeline(f"the denoiser has no layer {missing[0]!r} that can be left out")
