@@ -95,7 +95,7 @@ def computed_steps(total: int, every: int, power: float = 1.0, center: float = 0
 
     They are every ``every``-th one for power 1. Else, as DeepCache has it, they are denser around a center c:
     with k of them, k + 1 points are spaced evenly from -c^(1/p) to (T - c)^(1/p), raised to the power p with
-    their signs kept, moved by c, and rounded down. p falls by 0.02 until all are different.
+    their signs kept, rounded towards 0, and moved by c. p falls by 0.02 until all are different.
 
     References:
         DeepCache: Accelerating Diffusion Models for Free (2023), arXiv 2312.00858.
@@ -111,12 +111,12 @@ def computed_steps(total: int, every: int, power: float = 1.0, center: float = 0
     """
     if total < 1 or every < 1 or power < 1 or not 0 <= center <= 1:
         raise OptionError(f"{total=}, {every=}, {power=}, {center=} are no steps of inheritance")
-    count, middle = math.ceil(total / every), center * total
+    count, middle = math.ceil(total / every), round(center * total)
     while power > 1:
         ends = -(middle ** (1 / power)), (total - middle) ** (1 / power)
         points = np.linspace(*ends, count + 1)[1:-1]
-        raised = np.sign(points) * np.abs(points) ** power + middle
-        steps = sorted({0, *(int(step + 1e-9) for step in raised)})
+        raised = np.sign(points) * np.abs(points) ** power
+        steps = sorted({0, *(middle + int(step) for step in raised)})
         if len(steps) == count:
             return steps
         power -= 0.02
