@@ -23,7 +23,7 @@ from diffaccel.pipelines.inheritance import computed_steps
 
 
 def inherit(**options):
-    return {"inherit": options}
+    return {"inherit": {"warmup": 1, "cooldown": 0, **options}}
 
 
 def relative(one, other):

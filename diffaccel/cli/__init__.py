@@ -334,6 +334,37 @@ def search_autodiffusion_(
         typer.echo(line)
 
 
+@search.command("inherit")
+def search_inherit_(
+    model: Model,
+    nfe: Nfe = None,
+    steps: Annotated[int, typer.Option(min=3, help="Number of inference steps.")] = 20,
+    level: Annotated[str, typer.Option(help="What inherits: layer, or block.")] = "layer",
+    scheduler: Scheduler = None,
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    images: SearchImages = 32,
+    budget: Budget = 300,
+    seed: Seed = 0,
+    objective: Objective = "distance",
+    protocol: Protocol = "offline",
+    reference: Reference = None,
+    engine: Engine = "evolution",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for the patterns.")] = Path("out/inherit"),
+) -> None:
+    """Searches which modules inherit at which step, within the work of NFE evaluations."""
+    from .search import Settings, inheritance_lines, search_inheritance
+
+    budgets = tuple(nfe or (10,))
+    settings = Settings(model, budgets, guidance, prompts, images, budget, seed, objective, protocol,
+                        reference, engine, device, dtype, scheduler)  # fmt: skip
+    found = search_inheritance(settings, out, steps, level)
+    for line in inheritance_lines(found, budgets, out) if found else ():
+        typer.echo(line)
+
+
 app.add_typer(distill_app, name="distill")
 
 

@@ -1,4 +1,4 @@
-"""``diffaccel search s3`` and ``search autodiffusion``: schedules of few evaluations for a model."""
+"""``diffaccel search s3 | autodiffusion | inherit``: what makes a model fast, searched."""
 
 import json
 import tempfile
@@ -12,8 +12,10 @@ from ..eval import Extractor, protocol
 from ..eval.provenance import plain, versions
 from ..eval.sampler import default_conditions
 from ..eval.scoring import reference_of
+from ..pipelines import Inheritance
 from ..samplers.autodiffusion import LayerSearch
 from ..samplers.family import solver_of
+from ..samplers.inheriting import InheritanceSearch
 from ..samplers.objective import FrechetScore, Score, distance
 from ..samplers.s3 import Search
 from ..samplers.schedule import Schedule, load_schedules
@@ -25,7 +27,16 @@ from .reading import check_options, read_prompts
 from .scoring import reference_data
 from .writing import check_output, counting, write_files
 
-__all__ = ["OBJECTIVES", "Settings", "layer_lines", "lines_of", "search_layers", "search_s3"]
+__all__ = [
+    "OBJECTIVES",
+    "Settings",
+    "inheritance_lines",
+    "layer_lines",
+    "lines_of",
+    "search_inheritance",
+    "search_layers",
+    "search_s3",
+]
 
 OBJECTIVES = ("distance", "fd")
 
@@ -49,6 +60,7 @@ class Settings:
     engine: str = "evolution"
     device: str = "cpu"
     dtype: str = "float32"
+    scheduler: str | None = None
 
 
 def search_s3(settings: Settings, out: Path) -> list[Schedule]:
@@ -82,6 +94,21 @@ def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -
     return _search(settings, out, LayerSearch, {"max_drop": max_drop, "solver": solver}, _write_layers)
 
 
+def search_inheritance(settings: Settings, out: Path, steps: int, level: str) -> list[Inheritance]:
+    """Searches what inherits at which step, and writes one ``inherit-N.json`` for each budget.
+
+    Arguments:
+        settings: The settings; ``nfe`` are budgets, in evaluations of the whole network.
+        out: The folder; the states of unfinished searches are in it, too.
+        steps: The number of inference steps.
+        level: What inherits: "block" or "layer".
+
+    Raises:
+        DiffaccelError: For any mistake in the settings.
+    """
+    return _search(settings, out, InheritanceSearch, {"steps": steps, "level": level}, _write_inheritance)
+
+
 def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], write: Any) -> list[Any]:
     """Runs one search for each number of evaluations, and writes each result."""
     check_options(settings.device, settings.dtype, settings.guidance, None)
@@ -92,7 +119,7 @@ def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], w
     found: list[Any] = []
     objectives: dict[int, Any] = {}
     with quiet([]):
-        pipe = load(settings.model, None, settings.device, settings.dtype)
+        pipe = load(settings.model, settings.scheduler, settings.device, settings.dtype)
         if prompts is None:
             prompts = default_conditions(settings.model, pipe, 5 * settings.images)
         for evaluations in settings.nfe:
@@ -148,6 +175,11 @@ def _write_layers(out: Path, pipe: Any, winner: ThinnedSchedule, facts: Any, eva
     write_files(out, {f"autodiffusion-{evaluations}.json": text})
 
 
+def _write_inheritance(out: Path, pipe: Any, winner: Inheritance, facts: Any, evaluations: int) -> None:
+    text = json.dumps(replace(winner, facts=facts).to_dict(), indent=1)
+    write_files(out, {f"inherit-{evaluations}.json": text})
+
+
 def _known(out: Path) -> list[Schedule]:
     return load_schedules(out / FILE) if (out / FILE).is_file() else []
 
@@ -171,9 +203,20 @@ def layer_lines(found: list[ThinnedSchedule], budgets: tuple[int, ...], out: Pat
     return lines
 
 
-def _compared(facts: dict[str, Any]) -> str:
-    """Returns the score of a winner and of the best known solver."""
+def inheritance_lines(found: list[Inheritance], budgets: tuple[int, ...], out: Path) -> list[str]:
+    """Returns what was found by `search_inheritance` as lines of text."""
+    lines = []
+    for budget, pattern in zip(budgets, found, strict=True):
+        facts, full = pattern.facts, pattern.inherited.count(())
+        lines.append(f"{len(pattern.inherited)} updates, {full} of them in full, the work of "
+                     f"{facts['cost']:.2f} evaluations: {_compared(facts, '')}")  # fmt: skip
+        lines.append(f'use accel="inherit:{out / f"inherit-{budget}.json"}"')
+    return lines
+
+
+def _compared(facts: dict[str, Any], where: str = " on its best grid") -> str:
+    """Returns the score of a winner and of the best that is known."""
     known = facts["held_out_of_known_solvers"]
     best = min(known, key=known.__getitem__)
     return (f"score {facts['held_out']:.5f} on held-out noise, {100 * facts['held_out'] / known[best]:.0f} % "
-            f"of {best} on its best grid ({known[best]:.5f})")  # fmt: skip
+            f"of {best}{where} ({known[best]:.5f})")  # fmt: skip

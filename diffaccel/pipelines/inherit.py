@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ..errors import DiffaccelError, OptionError, UnsupportedPipeline
+from ..errors import DiffaccelError, OptionError, UnsupportedPipeline, UnsupportedScheduler
+from ..noise import probe
 from .accelerator import Accelerator, Proceed, option
 from .dataflow import Trace
 from .features import Features, signature_of
@@ -74,8 +75,8 @@ class Inherit(Accelerator):
     outer: int = option(1, low=0)
     modules: str = option("")
     order: int = option(0, low=0, high=1)
-    warmup: int = option(1, low=1)
-    cooldown: int = option(0, low=0)
+    warmup: int = option(3, low=1)
+    cooldown: int = option(1, low=0)
     power: float = option(1.0, low=1.0)
     center: float = option(0.3, low=0.0, high=1.0)
     file: str = option("")
@@ -110,9 +111,18 @@ class Inherit(Accelerator):
         """Refuses denoisers that are not known, or have nothing that could inherit."""
         try:
             self._wanted(pipe)
+            if self._counts:
+                probe(pipe.scheduler)
+        except UnsupportedScheduler as error:
+            return f"{error}; without a file, with cooldown=0 and power=1 it need not be known"
         except DiffaccelError as error:
             return str(error)
         return None
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the number of updates matters."""
+        return self.power > 1 or self.cooldown > 0 or self._pattern() is not None
 
     def _wanted(self, pipe: Any) -> frozenset[str]:
         """Returns the modules that inherit at some step.
@@ -170,8 +180,9 @@ class Inherit(Accelerator):
 
     def start(self, run: Run) -> None:
         """Forgets the features of the last loop."""
-        known = sorted(self._names.values())
-        self._holding = {name for name in known if any(other.startswith(f"{name}.") for other in known)}
+        known = set(self._names.values())
+        parents = {name[:place] for name in known for place, letter in enumerate(name) if letter == "."}
+        self._holding = known & parents
         self._full: set[int] | None = None
         self._memory: dict[tuple[str, int], Features] = {}
         self._upstream: tuple[Trace, Features] | None = None
@@ -188,7 +199,7 @@ class Inherit(Accelerator):
                 )
             return frozenset(pattern.inherited[call.index])
         begin = self.warmup - 1  # the last step of the warm-up is the first of the pattern
-        if self.power == 1 and not self.cooldown:  # a pattern that needs no number of updates
+        if not self._counts:
             full = call.step <= begin or not (call.step - begin) % self.every
         else:
             if self._full is None:

@@ -76,9 +76,14 @@ class Objective:
                  batch: int | None = None, steps: int = 100, score: Score = distance) -> None:  # fmt: skip
         self.pipe, self.batch, self.score = pipe, batch or count, score
         self.sampler = Sampler(pipe, conditions[:count], steps, guidance, seed, count)
-        solver = self._solver(fine_schedule(pipe, steps), RecordingScheduler)
-        self.fine = self._images(solver, steps)
+        self.fine = self._fine(steps)
+
+    def _fine(self, steps: int) -> Tensor:
+        """Returns the images of the fine solution, and keeps its trajectory."""
+        solver = self._solver(fine_schedule(self.pipe, steps), RecordingScheduler)
+        images = self._images(solver, steps)
         self.trajectory = solver.trajectory
+        return images
 
     def _solver(self, schedule: Schedule, cls: Any = UnifiedSolverScheduler) -> Any:
         return solver_of(self.pipe.scheduler, cls, schedules=[schedule.to_dict()])

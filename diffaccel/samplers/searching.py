@@ -127,9 +127,18 @@ class PipelineSearch(ABC, Generic[G, S]):
         conditions = self.conditions and [self.conditions[n % len(self.conditions)] for n in numbers]
         seed = self.seed * 1_000_003 + 7_000_000 + start
         if part not in self.objectives:
-            made = Objective(self.pipe, conditions, self.guidance, seed, count, self.images, score=self.score)
-            self.objectives[part] = made
+            self.objectives[part] = self.make_objective(conditions, seed, count)
         return self.objectives[part]
+
+    def make_objective(self, conditions: Sequence[str], seed: int, count: int) -> Objective:
+        """Returns the objective on some conditions and noise.
+
+        Arguments:
+            conditions: The conditions of the images.
+            seed: The seed of the first image's noise.
+            count: The number of images.
+        """
+        return Objective(self.pipe, conditions, self.guidance, seed, count, self.images, score=self.score)
 
     def run(self, advance: Callable[[int], None] = lambda count: None, share: Share | None = None) -> G:
         """Searches, scores the best again, and returns the winner with a report in its facts.
