@@ -20,7 +20,7 @@ from ..errors import OptionError, UnsupportedPipeline
 from ..eval.cost import flops_by_module
 from ..pipelines import Inherit, Inheritance, accelerate
 from ..pipelines.inheritance import computed_steps
-from ..pipelines.levels import parts_of
+from ..pipelines.levels import Parts, parts_of
 from ..pipelines.run import denoisers_of
 from ..search import Choices, Space
 from .objective import Objective
@@ -183,30 +183,34 @@ class SameSolver(Objective):
             accelerate(self.pipe, None)
 
 
-def set_costs(objective: Objective, sets: Sequence[Names]) -> dict[Names, float]:
-    """Returns the work that is left of an evaluation if a set of modules inherits, as a part of the whole.
+def set_costs(objective: Objective, parts: Parts, sets: Sequence[Names]) -> dict[Names, float]:
+    """Returns the work that is left of an evaluation if modules inherit, as a part of the whole.
 
     Arguments:
         objective: What has the pipeline and its conditions.
-        sets: The sets of modules.
+        parts: The modules of its denoiser.
+        sets: The sets of modules; in a transformer, each module of theirs is measured alone.
     """
     pipe = objective.pipe
-    roots = {type(getattr(network, "_orig_mod", network)).__name__ for network in denoisers_of(pipe).values()}
+    network = next(iter(denoisers_of(pipe).values()))
+    root = type(getattr(network, "_orig_mod", network)).__name__
 
-    def run(accelerator: Any) -> tuple[int, Any]:
+    def run(accelerator: Any) -> tuple[dict[str, int], Any]:
         accelerate(pipe, accelerator)
         try:
-            counts = flops_by_module(lambda: objective.sampler(TRIAL_STEPS, 1, 0, 1))
-            return sum(counts[root] for root in roots), pipe.accel.report
+            return flops_by_module(lambda: objective.sampler(TRIAL_STEPS, 1, 0, 1)), pipe.accel.report
         finally:
             accelerate(pipe, None)
 
     whole, report = run(Inherit(every=1))
+    if parts.changes:
+        names = sorted({name for names in sets for name in names})
+        return {(name,): 1 - whole.get(f"{root}.{name}", 0) / whole[root] for name in names}
     found = {}
-    for names in sets:
-        part, own = run(Inherit.of(Inheritance(((), *[names] * (report.updates - 1)))))
+    for same in sets:
+        part, own = run(Inherit.of(Inheritance(((), *[same] * (report.updates - 1)))))
         inheriting = sum(action.network not in own.auxiliary for action in own.actions)
-        found[tuple(sorted(names))] = 1 - (whole - part) / whole * report.requested / inheriting
+        found[tuple(sorted(same))] = 1 - (1 - part[root] / whole[root]) * report.requested / inheriting
     return found
 
 
@@ -252,13 +256,12 @@ class InheritanceSearch(PipelineSearch[Inheritance, InheritanceSpace]):
         assert parts is not None
         least, count = (0 if parts.changes else 1), len(parts.stages[self.level])
         menu = [parts.inside(self.level, outer) for outer in range(least, count)]
-        alone = [(name,) for name in menu[0]] if parts.changes else menu
         objective = self.objective(0)
         accelerate(self.pipe, Inherit(every=1))
         objective.sampler(self.steps, 1, 0, 1)
         updates = self.pipe.accel.report.updates
         accelerate(self.pipe, None)
-        return InheritanceSpace(updates, self.evaluations, menu, set_costs(objective, alone))
+        return InheritanceSpace(updates, self.evaluations, menu, set_costs(objective, parts, menu))
 
     def known(self) -> dict[str, Inheritance]:
         """Returns the uniform or centered pattern that was best in the search."""
