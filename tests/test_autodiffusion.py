@@ -25,7 +25,7 @@ from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.paths import TrainingPath
 from diffaccel.search import Evolution
 
-LAYERED = [name for name in TINY if name not in ("musicldm", "sana")]
+LAYERED = [name for name in TINY if name != "musicldm"]
 SHARES = {f"layer {n}": 0.05 for n in range(10)}
 
 

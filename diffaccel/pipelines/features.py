@@ -74,7 +74,7 @@ class Features:
             sets: The modules that are going to inherit together.
 
         Raises:
-            UnsupportedPipeline: If the output would not depend on the noisy input any more.
+            UnsupportedPipeline: If nothing would inherit, or the output not depend on the noisy input.
         """
         self.flow, kept = flow, set[str]()
         for names in sets:
@@ -84,6 +84,8 @@ class Features:
                     f"while {min(names)} and others inherit, the output would not depend on the sample; "
                     'that is what accel="reuse" does, or let outer modules run'
                 )
+            if not needed.modules & names:
+                raise UnsupportedPipeline(f"{min(names)} and others do not run, so that none can inherit")
             self._absent[names] = frozenset(flow.shapes) - needed.modules
             kept |= needed.modules & names
         self.wanted = kept
