@@ -50,7 +50,12 @@ class Gate:
         return run.enter(self, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """In a copy of the owner the plain method takes the gate's place."""
+        """In a copy of the owner the plain method takes the gate's place.
+
+        Where only the owner's attributes are copied, to be put back on it (panoramas), the gate stays.
+        """
+        if id(self.owner) not in memo:
+            return self
         if self.replaced is not None:
             return copy.deepcopy(self.replaced, memo)
         return functools.partial(getattr(type(self.owner), self.attribute), memo[id(self.owner)])

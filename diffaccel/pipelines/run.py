@@ -16,6 +16,7 @@ from ..errors import UnsupportedPipeline
 from ..noise import Path, path_of
 from .accelerator import Accelerator, tag
 from .gates import CURRENT, Gate, close_gate, open_gate, seam
+from .loops import why_unusual
 from .report import Action, Count, Report, Stopwatch
 from .rows import rows_of, take_rows
 
@@ -262,7 +263,8 @@ class Run:
                     self._open(undo, module, attribute, functools.partial(self._clock, "vae"))
 
     def _clock(self, part: str, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        device = getattr(self.pipe, "_execution_device", None)
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        device = next((value.device for value in given), None)
         return self._watch.time(part, functools.partial(gate.original, *args, **kwargs), device)
 
     def _chain(self, name: str, last: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -366,5 +368,5 @@ def check_stack(pipe: Any, stack: Sequence[Accelerator]) -> None:
     if not denoisers_of(pipe):
         raise UnsupportedPipeline(f"{name} has no denoiser; looked for {', '.join(DENOISERS)}")
     for accelerator in stack:
-        if reason := accelerator.check(pipe):
+        if reason := why_unusual(pipe, accelerator.exclusive) or accelerator.check(pipe):
             raise UnsupportedPipeline(f"{accelerator.name} cannot accelerate this {name}: {reason}")

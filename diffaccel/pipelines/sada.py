@@ -121,6 +121,7 @@ class Sada(Accelerator):
         self.skip = np.zeros(0, bool)
         self.ran: np.ndarray | None = None
         self.network = ""
+        self.batch = 0
         self.compiled = {name: is_compiled(module) for name, module in run.networks.items()}
 
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
@@ -150,7 +151,12 @@ class Sada(Accelerator):
         return output
 
     def update(self, call: Update, proceed: Proceed) -> Any:
-        """Gives the solver the reconstructed output where a sample was skipped, and plans the next step."""
+        """Gives the solver the reconstructed output where a sample was skipped, and plans the next step.
+
+        Raises:
+            UnsupportedPipeline: If the number of samples changes, or is not that of the outputs.
+        """
+        self._check_batch(call)
         batch, level = len(call.sample), call.run.path[call.index]
         ran = self.ran if self.ran is not None and len(self.ran) == batch else np.ones(batch, bool)
         if self.rule is None:
@@ -172,6 +178,14 @@ class Sada(Accelerator):
         self.skip = allowed & self._in_range(call)
         self.ran = None
         return result
+
+    def _check_batch(self, call: Update) -> None:
+        given, batch = len(call.output), len(call.sample)
+        if given != batch or self.batch not in (0, batch):
+            what = f"{given} outputs for {batch} samples" if given != batch else (
+                f"{self.batch} samples in one update and {batch} in the next")  # fmt: skip
+            raise UnsupportedPipeline(f"sada cannot accelerate this {type(call.run.pipe).__name__}: {what}")
+        self.batch = batch
 
     def _corrected(self, call: Update, x0: Any, ran: np.ndarray) -> Update:
         rule = self.rule

@@ -1,0 +1,94 @@
+"""The tables of ``docs/compatibility.md`` from the record of ``compatibility.py``."""
+
+from collections import Counter
+from typing import Any
+
+__all__ = ["tables"]
+
+TASKS = ("text to image", "image to image", "inpainting", "ControlNets and other control", "text to video",
+         "image or video to video", "sound", "other")  # fmt: skip
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Returns the tables as Markdown.
+
+    Arguments:
+        record: What ``compatibility.py`` has written.
+    """
+    found = record["pipelines"]
+    accels = sorted({accel for entry in found.values() for accel in entry.get("accelerators", {})})
+    reasons: dict[str, int] = {}
+    parts = [_head(record, accels), _counts(found, accels)]
+    for task in TASKS:
+        rows = {name: entry for name, entry in found.items() if entry["task"] == task and entry["built"]}
+        if rows:
+            parts.append(f"## {task[0].upper()}{task[1:]}\n\n" + _table(rows, accels, reasons))
+    notes = "\n".join(f"- [{number}] {text}" for text, number in reasons.items())
+    parts.append(f"## Reasons\n\n{notes}\n")
+    left = [f"| {name} | {entry['task']} | {_cell(entry['reason'])} |"
+            for name, entry in found.items() if not entry["built"]]  # fmt: skip
+    parts.append("## Not built here\n\n| pipeline | task | why |\n| --- | --- | --- |\n" + "\n".join(left) + "\n")
+    return "\n".join(parts)
+
+
+def _head(record: dict[str, Any], accels: list[str]) -> str:
+    built = [entry for entry in record["pipelines"].values() if entry["built"]]
+    served = sum(any(row["status"] == "runs" for row in entry["accelerators"].values()) for entry in built)
+    ran = [row for entry in built for row in entry["accelerators"].values()]
+    restored = sum(bool(row["restored"]) for row in ran)
+    states = Counter(row["status"] for row in ran)
+    return (
+        "# Which pipelines run under which accelerators\n\n"
+        "Written by `make tables` from `benchmarks/compatibility.json`, which "
+        "`python benchmarks/compatibility.py measure` makes.\n\n"
+        f"All {len(record['pipelines'])} pipeline classes that diffusers {record['versions']['diffusers']} exports "
+        f"were tried, tiny and with random weights. {len(built)} could be built and run here; {served} of these "
+        "run under at least one accelerator. Networks without training tell nothing about quality or speed: "
+        "this table is about what runs.\n\n"
+        f"Every call has {record['steps']} steps. A cell says how many evaluations of the denoiser ran, of those "
+        "that the pipeline asked for; `sada` was given a tolerance that lets it skip whatever it may. A number in "
+        "brackets is a refusal, with the reason below. "
+        f"Of {len(ran)} pairs, {states['runs']} run, {states['refused']} are refused, {states['idle']} do nothing, "
+        f"{states['crashed']} fail. After taking the accelerator off again the pipeline gave the same bits as "
+        f"before in {restored} of {len(ran)}.\n"
+    )
+
+
+def _counts(found: dict[str, Any], accels: list[str]) -> str:
+    head = ["task", "classes", "built", "run under any", *(f"`{accel}`" for accel in accels)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for task in (*TASKS, "all"):
+        entries = [entry for entry in found.values() if task in (entry["task"], "all")]
+        built = [entry for entry in entries if entry["built"]]
+        runs = [{accel for accel, row in entry["accelerators"].items() if row["status"] == "runs"} for entry in built]
+        cells = [task, len(entries), len(built), sum(map(bool, runs)),
+                 *(sum(accel in names for names in runs) for accel in accels)]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: dict[str, Any], accels: list[str], reasons: dict[str, int]) -> str:
+    head = ["pipeline", *(f"`{accel}`" for accel in accels)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for name, entry in rows.items():
+        cells = [_outcome(entry["accelerators"].get(accel), reasons) for accel in accels]
+        remark = "" if entry["repeatable"] else " (not repeatable by itself)"
+        remark += "" if entry["finite"] else " (its own output is not finite)"
+        lines.append(f"| {name.removesuffix('Pipeline')}{remark} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(row: dict[str, Any] | None, reasons: dict[str, int]) -> str:
+    if row is None:
+        return "not measured"
+    if row["status"] == "refused":
+        return f"[{reasons.setdefault(row['reason'], len(reasons) + 1)}]"
+    if row["status"] == "crashed":
+        return f"fails [{reasons.setdefault(row['reason'], len(reasons) + 1)}]"
+    counts = f"{row['evaluated']:g} / {row['requested']}"
+    counts = f"no effect, {counts}" if row["status"] == "idle" else counts
+    return counts if row["restored"] else f"{counts}, not restored"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

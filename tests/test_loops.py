@@ -1,0 +1,75 @@
+"""Pipelines with unusual sampling loops run as they are, or are refused with the reason."""
+
+import inspect
+
+import diffusers
+import pytest
+import torch
+from tiny.recipe import scheduler
+from tiny_pipelines import TINY, fresh, run
+
+from diffaccel import Accelerator, UnsupportedPipeline, accelerate
+
+CASE = TINY["sd"]
+
+
+def unusual(name):
+    parts = {**fresh("sd").components, "requires_safety_checker": False}
+    if name == "StableDiffusionParadigmsPipeline":
+        parts["scheduler"] = scheduler("DDIMParallelScheduler")
+    cls = getattr(diffusers, name)
+    known = inspect.signature(cls.__init__).parameters
+    pipe = cls(**{key: part for key, part in parts.items() if key in known})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_schedulers_whose_attributes_are_copied_and_put_back():
+    """A panorama keeps the state of the solver of each view, in mid-call."""
+    pipe, updates = unusual("StableDiffusionPanoramaPipeline"), []
+
+    class Look(Accelerator):
+        def update(self, call, proceed):
+            updates.append(call.step)
+            return proceed(call)
+
+    call = {"prompt": "a red boot"}
+    plain = run(CASE, pipe, 4, **call)
+    assert torch.equal(run(CASE, accelerate(pipe, Look()), 4, **call), plain)
+    assert updates == [0, 1, 2, 3]
+    accelerate(pipe, None)
+    assert torch.equal(run(CASE, pipe, 4, **call), plain)
+    assert "step" not in vars(pipe.scheduler) and "set_timesteps" not in vars(pipe.scheduler)
+
+
+REFUSED = {
+    ("Panorama", "reuse"): "views of one sample",
+    ("Paradigms", "reuse"): "many steps at once",
+    ("Paradigms", "apg"): "many steps at once",
+    ("AttendAndExcite", "sada"): "differentiates",
+    ("SAG", "reuse"): "attention maps",
+    ("SAG", "few-step"): "schedulers of some classes",
+}
+
+
+@pytest.mark.parametrize(("name", "accel"), REFUSED)
+def test_loops_that_are_refused(name, accel):
+    with pytest.raises(UnsupportedPipeline, match=REFUSED[name, accel]):
+        unusual(f"StableDiffusion{name}Pipeline").to(accel=accel)
+
+
+def test_the_number_of_samples_may_not_change_in_mid_loop():
+    class Twice(diffusers.DDIMPipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=4, generator=None):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(1, 3, 16, 16, generator=generator)
+            for t in self.scheduler.timesteps:
+                out = self.unet(x, t).sample
+                both = self.scheduler.step(torch.cat([out, out]), t, torch.cat([x, x])).pred_original_sample
+                x = self.scheduler.step(out, t, x + 0 * both[:1]).prev_sample
+            return (x,)
+
+    pipe = Twice(**fresh("ddim").components).to(accel="sada")
+    with pytest.raises(UnsupportedPipeline, match="2 samples in one update and 1 in the next"):
+        pipe(num_inference_steps=4)
