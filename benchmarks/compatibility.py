@@ -32,6 +32,7 @@ from diffaccel.files import whole
 from diffaccel.pipelines import registry
 from diffaccel.samplers.family import solver_of
 from diffaccel.samplers.grids import grid
+from diffaccel.samplers.paths import TrainingPath
 from diffaccel.samplers.presets import solver_schedule
 from diffaccel.samplers.thinning import ThinnedSchedule
 
@@ -99,7 +100,7 @@ def specification(pipe: Any, accel: str) -> Any:
     try:
         path = solver_of(pipe.scheduler).path
     except (AttributeError, DiffaccelError):
-        return accel  # which says the same
+        path = TrainingPath(1000)  # the accelerator will say what is wrong
     schedule = solver_schedule("unipc2", grid("trailing", STEPS, path))
     facts = {"family": {"path": path.name}}
     data: Any = [{**schedule.to_dict(), "facts": facts}]
@@ -142,7 +143,7 @@ def _described(error: Exception) -> str:
 def _short(text: str, pipe: Any, accel: str) -> str:
     """Returns our reason without what the table says anyway."""
     name = type(pipe).__name__
-    text = " ".join(text.split()).removeprefix(f"{accel} cannot accelerate this {name}: ")
+    text = " ".join(text.split()).split("; supported:")[0].removeprefix(f"{accel} cannot accelerate this {name}: ")
     text = re.sub(r"'?/tmp/\S+\.json'?", "the file", text)
     return text.replace(f"this {name}", "this pipeline").replace(name, "the pipeline")
 

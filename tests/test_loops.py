@@ -73,3 +73,62 @@ def test_the_number_of_samples_may_not_change_in_mid_loop():
     pipe = Twice(**fresh("ddim").components).to(accel="sada")
     with pytest.raises(UnsupportedPipeline, match="2 samples in one update and 1 in the next"):
         pipe(num_inference_steps=4)
+
+
+def test_arguments_that_only_the_own_scheduler_takes():
+    class Own(diffusers.DDIMPipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=8, generator=None):
+            self.scheduler.set_timesteps(num_inference_steps, device="cpu", original_steps=50)
+
+    class Scheduler(diffusers.DDIMScheduler):
+        def set_timesteps(self, num_inference_steps, device=None, original_steps=None):
+            super().set_timesteps(num_inference_steps, device)
+
+    pipe = Own(**fresh("ddim").components)
+    pipe.scheduler = Scheduler()  # the constructor makes a DDIMScheduler of it
+    pipe(num_inference_steps=8)
+    pipe.to(accel={"few-step": {"final_denoise": True}})
+    with pytest.raises(UnsupportedPipeline, match="few-step .* set_timesteps.* only its own scheduler"):
+        pipe(num_inference_steps=9)
+
+
+def test_pipelines_that_call_others_keep_their_schedulers():
+    pipe = fresh("sd")
+    pipe.__dict__["prior_pipe"] = fresh("ddim")
+    with pytest.raises(UnsupportedPipeline, match="pipelines of its own"):
+        pipe.to(accel="few-step")
+
+
+def test_the_sample_may_stand_anywhere_among_the_arguments_of_a_solver():
+    """CogVideoXDPMScheduler has an older prediction in the second place."""
+
+    class Scheduler(diffusers.DDIMScheduler):
+        def step(self, model_output, old, timestep, sample, return_dict=True):
+            assert old is None
+            return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+    class Pipeline(diffusers.DDIMPipeline):
+        @torch.no_grad()
+        def __call__(self, num_inference_steps=8, generator=None):
+            self.scheduler.set_timesteps(num_inference_steps)
+            x = torch.randn(1, 3, 16, 16, generator=generator)
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.unet(x, t).sample, None, t, x, return_dict=False)[0]
+            return (x,)
+
+    pipe = Pipeline(**fresh("ddim").components)
+    pipe.scheduler = Scheduler()
+    plain = pipe(8, torch.Generator().manual_seed(0))[0]
+    pipe.to(accel={"reuse": {"every": 1}})
+    assert torch.equal(pipe(8, torch.Generator().manual_seed(0))[0], plain)
+    pipe.to(accel={"sada": {"tolerance": 1e9}})
+    pipe(8, torch.Generator().manual_seed(0))
+    assert pipe.accel.report.skipped > 0 and pipe.accel.report.batch == 1
+
+
+def test_schedulers_whose_step_takes_no_sample_are_refused():
+    pipe = fresh("ddim")
+    pipe = diffusers.KarrasVePipeline(unet=pipe.unet, scheduler=diffusers.KarrasVeScheduler())
+    with pytest.raises(UnsupportedPipeline, match="takes no timestep and sample"):
+        pipe.to(accel="reuse")

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 __all__ = ["why_unusual"]
 
 _GRADIENTS = "it differentiates through the network at each step"
@@ -12,6 +14,8 @@ _REFUSED: dict[str, dict[str, str]] = {
     "CosmosTextToWorld": {"skip": _TWICE},
     "CosmosVideoToWorld": {"skip": _TWICE},
     "CycleDiffusion": {"solver": _TABLES},
+    "KandinskyImg2ImgPipeline": {"solver": _TABLES},
+    "LEditsPP": {"solver": _TABLES},
     "StableDiffusionAttendAndExcite": {"skip": _GRADIENTS},
     "StableDiffusionPanorama": {"skip": "it evaluates views of one sample in turn"},
     "StableDiffusionParadigms": {"": "it solves many steps at once, and not by scheduler.step"},
@@ -29,6 +33,8 @@ def why_unusual(pipe: Any, kind: str) -> str | None:
         pipe: The pipeline.
         kind: The accelerator's ``exclusive``.
     """
+    if kind == "solver" and any(isinstance(part, DiffusionPipeline) for part in vars(pipe).values()):
+        return "it calls pipelines of its own, which keep their schedulers; accelerate these"
     for base in type(pipe).__mro__:
         for start, reasons in _REFUSED.items():
             if base.__name__.startswith(start):

@@ -154,6 +154,11 @@ def own_index(scheduler: Any) -> int | None:
     return None
 
 
+def step_names(step: Callable[..., Any]) -> tuple[str, str, str]:
+    """Returns the names of a scheduler's prediction, timestep and sample; others may stand between them."""
+    return next(iter(inspect.signature(step).parameters)), "timestep", "sample"
+
+
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Returns the denoisers of a pipeline by name."""
     found = {name: getattr(pipe, name, None) for name in DENOISERS}
@@ -178,6 +183,8 @@ class Run:
         self.report = Report(tuple(tag(accelerator) for accelerator in stack), auxiliary=AUXILIARY)
         self.scheduler = pipe.scheduler
         self.networks = denoisers_of(pipe)
+        self.replaced: str | None = None
+        """The accelerator whose scheduler stands in the place of the pipeline's."""
         self.step, self.first_index = 0, 0
         self.batch = 0
         """The number of samples B, known from the first update on."""
@@ -231,6 +238,7 @@ class Run:
             if (other := accelerator.scheduler(self.pipe)) is not None:
                 undo.callback(self.pipe.__dict__.__setitem__, "scheduler", self.pipe.scheduler)
                 self.pipe.__dict__["scheduler"] = self.scheduler = other
+                self.replaced = accelerator.name
 
     def __exit__(self, *exc: object) -> None:
         self._close.close()
@@ -278,7 +286,19 @@ class Run:
         for accelerator in self.stack:
             accelerator.start(self)
 
+    def _bound(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments of a scheduler's method by name; pipelines may give what only theirs takes."""
+        try:
+            return inspect.signature(gate.original).bind(*args, **kwargs).arguments
+        except TypeError as error:
+            if self.replaced is None:
+                raise
+            name = type(self.pipe).__name__
+            reason = f"it calls {gate.attribute}() as only its own scheduler takes it: {error}"
+            raise UnsupportedPipeline(f"{self.replaced} cannot accelerate this {name}: {reason}") from error
+
     def _set_timesteps(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._bound(gate, args, kwargs)
         result = gate.original(*args, **kwargs)
         self._restart()
         return result
@@ -305,16 +325,18 @@ class Run:
     def _update(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._started:
             self._restart()
-        given = inspect.signature(gate.original).bind(*args, **kwargs).arguments
-        output, timestep, sample = (given.pop(name) for name in list(given)[:3])
+        given = self._bound(gate, args, kwargs)
         given.update(given.pop("kwargs", {}))
+        names = step_names(gate.original)
+        output, timestep, sample = (given.pop(name) for name in names)
         self._index = self._locate(timestep)
         if self.step == 0:
             self.first_index = self._index
         self.batch = self.report.batch = len(sample)
 
         def solve(call: Update) -> Any:
-            return gate.original(call.output, call.timestep, call.sample, **call.options)
+            main = dict(zip(names, (call.output, call.timestep, call.sample), strict=True))
+            return gate.original(**main, **call.options)
 
         call = Update(self, output, timestep, sample, given, self.step, self._index)
         result = self._chain("update", solve)(call)
@@ -363,8 +385,11 @@ def check_stack(pipe: Any, stack: Sequence[Accelerator]) -> None:
         UnsupportedPipeline: With the reason, if it has not.
     """
     name = type(pipe).__name__
-    if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
+    step = getattr(getattr(pipe, "scheduler", None), "step", None)
+    if not callable(step):
         raise UnsupportedPipeline(f"{name} has no scheduler with a step(); accelerate its parts")
+    if not {"timestep", "sample"} <= inspect.signature(step).parameters.keys():
+        raise UnsupportedPipeline(f"the step() of {name}'s scheduler takes no timestep and sample")
     if not denoisers_of(pipe):
         raise UnsupportedPipeline(f"{name} has no denoiser; looked for {', '.join(DENOISERS)}")
     for accelerator in stack:

@@ -122,7 +122,7 @@ class Sada(Accelerator):
         self.ran: np.ndarray | None = None
         self.network = ""
         self.batch = 0
-        self.compiled = {name: is_compiled(module) for name, module in run.networks.items()}
+        self.compiled: dict[str, bool] = {}
 
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
         """Runs a network for the samples that do not skip, and fills in its last output for the rest."""
@@ -134,7 +134,7 @@ class Sada(Accelerator):
             output, ran = proceed(call), np.ones(batch, bool)
         elif self.skip.all():
             output, ran = previous, ~self.skip
-        elif self.compiled[call.network]:
+        elif self._is_compiled(call):
             output, ran = proceed(call), np.ones(batch, bool)
         else:
             part, ran = call.select(np.flatnonzero(~self.skip).tolist(), batch), ~self.skip
@@ -178,6 +178,12 @@ class Sada(Accelerator):
         self.skip = allowed & self._in_range(call)
         self.ran = None
         return result
+
+    def _is_compiled(self, call: Evaluation) -> bool:
+        """Whether the network is compiled; asked where it matters, since the answer looks at all its parts."""
+        if call.network not in self.compiled:
+            self.compiled[call.network] = is_compiled(call.module)
+        return self.compiled[call.network]
 
     def _check_batch(self, call: Update) -> None:
         given, batch = len(call.output), len(call.sample)

@@ -25,6 +25,8 @@ from .schedule import Schedule, Step
 __all__ = ["RECIPES", "FewStep", "Recipe", "recipe_schedule"]
 
 RHO_TIME = 1.2
+DECODERS = ("vae", "movq", "vqvae")
+"""The components that decode latents, by name."""
 
 
 class Recipe(NamedTuple):
@@ -121,7 +123,8 @@ class FewStep(Accelerator):
             self.scheduler(pipe)
         except DiffaccelError as error:
             return str(error)
-        if not self.final_denoise and getattr(pipe, "vae", None) is None:
+        decoders = (getattr(pipe, name, None) for name in DECODERS)
+        if not self.final_denoise and all(decoder is None for decoder in decoders):
             return "it has no decoder to take the last noise away; use few-step with final_denoise=True"
         return None
 

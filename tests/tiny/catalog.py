@@ -21,6 +21,8 @@ from tiny.recipe import CALL, OMIT, NotBuilt, Recipe, scheduler
 from tiny.text import clap, clip_text, clip_tokenizer, gemma2, llama, qwen2_5_vl, t5
 from torch import nn
 
+from diffaccel.pipelines import MARScheduler
+
 __all__ = ["NotBuilt", "arguments", "build", "pipelines", "recipe_of"]
 
 RECIPES = (*recipes_unet.RECIPES, *recipes_image.RECIPES, *recipes_video.RECIPES)
@@ -115,6 +117,9 @@ def build(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.eval().requires_grad_(False)
+            for weight in component.parameters():
+                if weight.ndim > 1 and not weight.any():  # what a training would begin with
+                    nn.init.normal_(weight, std=0.1)
     pipe.set_progress_bar_config(disable=True)
     if recipe.before is not None:
         recipe.before(pipe)
@@ -128,6 +133,8 @@ def _component(name: str, annotation: Any, options: dict[str, Any]) -> Any:
             return make(cls, **options)
         if cls in OTHERS and not options:
             return OTHERS[cls]()
+        if cls == "MARScheduler":
+            return MARScheduler(**options)
         if cls.endswith("Scheduler"):
             return scheduler(cls, **options)
         if cls in ("BaseGuidance", "ClassifierFreeGuidance"):

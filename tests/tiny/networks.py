@@ -94,7 +94,31 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "up_block_types": ("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
     },
     "PriorTransformer": {**HEADS, "embedding_dim": 32, "num_layers": 1, "num_embeddings": 16},
-    "StableCascadeUNet": {},
+    "StableCascadeUNet": {
+        **IN_OUT, "conditioning_dim": 32, "block_out_channels": (16, 32), "num_attention_heads": (-1, 2),
+        "down_num_layers_per_block": (1, 1), "up_num_layers_per_block": (1, 1), "dropout": (0.0, 0.0),
+        "down_blocks_repeat_mappers": (1, 1), "up_blocks_repeat_mappers": (1, 1), "switch_level": None,
+        "block_types_per_layer": (
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        "clip_text_pooled_in_channels": 32,
+    },
+    "WuerstchenPrior": {"c_in": 4, "c": 32, "c_cond": 32, "c_r": 16, "depth": 1, "nhead": 2},
+    "WuerstchenDiffNeXt": {
+        "c_cond": 32, "c_hidden": [16, 32], "nhead": [-1, 2], "blocks": [1, 1], "level_config": ["CT", "CTA"],
+        "inject_effnet": [False, True], "effnet_embd": 4, "clip_embd": 32,
+    },
+    "PaellaVQModel": {"bottleneck_blocks": 1, "num_vq_embeddings": 2, "embed_dim": 16},
+    "UVit2DModel": {
+        "hidden_size": 32, "cond_embed_dim": 32, "micro_cond_encode_dim": 2, "micro_cond_embed_dim": 10,
+        "encoder_hidden_size": 32, "vocab_size": 32, "codebook_size": 32, "in_channels": 32, "num_res_blocks": 1,
+        "block_out_channels": 32, "block_num_heads": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "sample_size": 16,
+    },
+    "StableAudioProjectionModel": {
+        "text_encoder_dim": 32, "conditioning_dim": 16, "min_value": 0, "max_value": 32,
+    },
     # ------------------------------------------------------------ ControlNets and adapters
     "ControlNetModel": {
         **UNETS, "attention_head_dim": 8, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -389,7 +413,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
 """Options by the name of the class."""
 
 PRIVATE = {"LTX2TextConnectors": "ltx2.connectors", "LTX2Vocoder": "ltx2.vocoder",
-           "LTX2LatentUpsamplerModel": "ltx2.latent_upsampler"}  # fmt: skip
+           "LTX2LatentUpsamplerModel": "ltx2.latent_upsampler",
+           "WuerstchenPrior": "deprecated.wuerstchen.modeling_wuerstchen_prior",
+           "WuerstchenDiffNeXt": "deprecated.wuerstchen.modeling_wuerstchen_diffnext",
+           "PaellaVQModel": "deprecated.wuerstchen.modeling_paella_vq_model",
+           "StableAudioProjectionModel": "stable_audio.modeling_stable_audio"}  # fmt: skip
 """The modules of classes that diffusers does not export."""
 
 

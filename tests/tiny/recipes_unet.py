@@ -6,7 +6,7 @@ import diffusers
 from tiny.encoders import byte_tokenizer, clip_vision, multilingual_clip
 from tiny.networks import make
 from tiny.recipe import OMIT, Recipe, mask, normal, picture, pictures, scheduler
-from tiny.text import clip_text, clip_tokenizer
+from tiny.text import clap, clip_text, clip_tokenizer
 
 __all__ = ["RECIPES"]
 
@@ -68,7 +68,7 @@ RECIPES = [
     Recipe("Stable.*Adapter", {"unet": ATTENTION_FIRST, "adapter": {"adapter_type": "full_adapter"}}),
     Recipe("AttendAndExcite", {}, {"token_indices": [1, 2], "attn_res": (8, 8), "max_iter_to_alter": 2}),
     Recipe("Depth2Img", {"unet": {"in_channels": 5}, "depth_estimator": None, "feature_extractor": None}, {"depth_map": lambda: normal(1, 32, 32)}),
-    Recipe("DiffEdit", {}, {"image_latents": lambda: normal(1, 20, 4, 16, 16), "inpaint_strength": 1.0, "mask_image": lambda: mask(16)}),
+    Recipe("DiffEdit", {}, {"image_latents": lambda: normal(1, 8, 4, 16, 16), "inpaint_strength": 1.0, "mask_image": lambda: mask(16)}),
     Recipe("GLIGEN", {"unet": {"attention_type": "gated"}},
            {"gligen_phrases": ["a boot"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}),
     Recipe("GLIGENTextImage", refused="a CLIPProcessor with pictures is not made here"),
@@ -118,8 +118,51 @@ RECIPES = [
     Recipe("^Kandinsky.*Inpaint", {"unet": {"in_channels": 9}}),
     Recipe("^Kandinsky(V22)?Prior", {}, {"output_type": "pt"}),
     Recipe("^Kandinsky.*Prior", {"image_encoder": clip_vision, "scheduler": {"prediction_type": "sample"}}),
+    Recipe("^StableCascade|^Wuerstchen", {"latent_dim_scale": 10.67, "feature_extractor": None},
+           {"height": 128, "width": 128, "image_embeddings": lambda: normal(1, 4, 3, 3), "output_type": "pt",
+            "prior_num_inference_steps": 2}),
+    Recipe("^StableCascadeDecoder|^StableCascadeCombined", {"decoder": {"effnet_in_channels": 4}}),
+    Recipe("^StableCascade.*Combined", {"prior_prior": {"clip_image_in_channels": 32, "clip_text_in_channels": 32},
+           "prior_feature_extractor": None, "prior_image_encoder": None}),
+    Recipe("^StableCascadePrior", {"prior": {"clip_image_in_channels": 32, "clip_text_in_channels": 32}}),
+    Recipe("^Wuerstchen", {}, {"output_type": "pt"}),
+    Recipe("^Amused", {"vqvae": {"num_vq_embeddings": 32}, "scheduler": {"mask_token_id": 31}},
+           {"image": picture}),
+    Recipe("^AltDiffusion", {"text_encoder": lambda: alt_text(), "tokenizer": byte_tokenizer}),
+    Recipe("^(MusicLDM|AudioLDM)(?!2)", {"tokenizer": lambda: clap()["tokenizer"], "text_encoder": lambda: clap()["text_encoder"],
+           "feature_extractor": lambda: clap()["feature_extractor"], "vae": {"in_channels": 1, "out_channels": 1},
+           "unet": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 32, "class_embeddings_concat": True}},
+           {"prompt": OMIT, "negative_prompt": OMIT, "prompt_embeds": lambda: normal(1, 32), "audio_length_in_s": 0.02,
+            "negative_prompt_embeds": lambda: normal(1, 32, seed=2)}),
+    Recipe("^AudioLDMPipe", {}, {"output_type": "np"}),
+    Recipe("^StableAudioPipe", {}, {"audio_end_in_s": 0.5, "output_type": "latent"}),
+    Recipe("^DanceDiffusion", {"unet": {"sample_rate": 512}}, {"audio_length_in_s": 1.0}),
+    Recipe("^MARPipeline", {"transformer": lambda: mar(), "vae": None,
+           "scheduler": {"variance_type": "small"}}, {"class_labels": [1], "output_type": "latent"}),
     Recipe("^Kandinsky.*Combined", prior_parts(), {"prior_num_inference_steps": 2}),
 ]  # fmt: skip
+
+
+def alt_text() -> Any:
+    """The text encoder of AltDiffusion."""
+    from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
+        RobertaSeriesConfig,
+        RobertaSeriesModelWithTransformation,
+    )
+
+    config = RobertaSeriesConfig(
+        hidden_size=32, project_dim=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(byte_tokenizer()), max_position_embeddings=600,
+    )  # fmt: skip
+    return RobertaSeriesModelWithTransformation(config)
+
+
+def mar() -> Any:
+    """The network of our own autoregressive pipeline."""
+    from diffaccel.pipelines import MARTransformer2DModel
+
+    return MARTransformer2DModel(16, 2, 1, 3, 2, 8, 1, 1, 2, head_width=16, head_layers=1,
+                                 learned_variance=False)  # fmt: skip
 
 
 def image_normalizer() -> Any:
