@@ -1,9 +1,9 @@
 """Which pipelines of diffusers run under which accelerators: all classes, tiny, with random weights.
 
-``python benchmarks/compatibility.py measure`` builds every pipeline class that diffusers exports (the builders
-are those of the tests, ``tests/tiny``), runs it plain and with each registered accelerator, takes the
-accelerator off and runs it again; ``... tables`` writes ``docs/compatibility.md``.  Each class has a process of
-its own and a limit of processor time; ``--only REGEX`` measures some and keeps what is known of the others.
+``python benchmarks/compatibility.py measure`` builds every pipeline class that diffusers exports (as
+``tests/tiny`` does it), runs it plain and with each registered accelerator, takes the accelerator off and
+runs it again; ``... tables`` writes ``docs/compatibility.md``.  Each class has a process of its own and a
+limit of processor time; ``--only REGEX`` measures some and keeps what is known of the others.
 """
 
 import argparse
@@ -42,6 +42,10 @@ STEPS = 8
 EAGER: dict[str, dict[str, Any]] = {"sada": {"tolerance": 1e9}}
 """Options with which an accelerator skips whatever it may; the networks have learned nothing."""
 
+FROM_IMAGES = ("Img2Img", "I2I", "Edit", "Kontext", "Upscale", "Upsampl", "SuperRes", "Pix2Pix", "Variation",
+               "Depth2", "Cycle", "Marigold", "Refiner", "Redux", "Emb2Emb", "VisualCloze")  # fmt: skip
+"""Parts of the names of pipelines that start from a picture."""
+
 sys.path.insert(0, str(FOLDER.parent / "tests"))
 
 
@@ -58,38 +62,39 @@ def measure_class(name: str) -> dict[str, Any]:
         return {"built": False, "reason": f"cannot be made here: {_described(error)}"}
     try:
         plain = _output(pipe, call)
-        again = _output(pipe, call)
+        found = {"built": True, "finite": _finite(plain), "accelerators": {}}
+        for accel in registry():
+            found["accelerators"][accel] = _measure(pipe, call, accel, plain)
+        found["restored"] = _equal(plain, _output(pipe, call))
+        found["repeatable"] = found["restored"] or _equal(
+            _output(build(cls), call), _output(build(cls), call)
+        )
     except Exception as error:
         return {"built": False, "reason": f"fails without diffaccel: {_described(error)}"}
-    found = {"built": True, "repeatable": _equal(plain, again), "finite": _finite(plain), "accelerators": {}}
-    for accel in registry():
-        found["accelerators"][accel] = _measure(pipe, call, accel, plain)
     return found
 
 
 def _measure(pipe: Any, call: dict[str, Any], accel: str, plain: list[np.ndarray]) -> dict[str, Any]:
-    """Returns what happened to a pipeline under one accelerator, and after it."""
-    row: dict[str, Any] = {}
+    """Returns what happened to a pipeline under one accelerator, which is taken off again."""
     try:
         accelerate(pipe, specification(pipe, accel))
         fast = _output(pipe, call)
         report = pipe.accel.report
-        row = {"status": "runs" if report.updates and report.requested else "idle",
-               "requested": report.requested, "evaluated": round(report.evaluated, 4),
-               "updates": report.updates, "same": _equal(plain, fast)}  # fmt: skip
-        if _finite(plain) and not _finite(fast):
-            row |= {"status": "crashed", "reason": "the output is not finite"}
     except DiffaccelError as error:
-        row = {"status": "refused", "reason": _short(str(error), pipe, accel)}
-        if not hasattr(pipe, "accel"):  # refused before the call: there is nothing to undo
-            return {**row, "restored": True}
+        return {"status": "refused", "reason": _short(str(error), pipe, accel)}
     except Exception as error:
-        row = {"status": "crashed", "reason": _described(error)}
-    accelerate(pipe, None)
-    try:
-        row["restored"] = _equal(plain, _output(pipe, call))
-    except Exception as error:
-        row |= {"restored": False, "reason": f"fails afterwards: {_described(error)}"}
+        return {"status": "crashed", "reason": _described(error)}
+    finally:
+        accelerate(pipe, None)
+    row = {
+        "status": "runs" if report.updates and report.requested else "idle",
+        "requested": report.requested,
+        "evaluated": round(report.evaluated, 4),
+        "updates": report.updates,
+        "same": _equal(plain, fast),
+    }
+    if _finite(plain) and not _finite(fast):
+        row |= {"status": "crashed", "reason": "the output is not finite"}
     return row
 
 
@@ -143,7 +148,11 @@ def _described(error: Exception) -> str:
 def _short(text: str, pipe: Any, accel: str) -> str:
     """Returns our reason without what the table says anyway."""
     name = type(pipe).__name__
-    text = " ".join(text.split()).split("; supported:")[0].removeprefix(f"{accel} cannot accelerate this {name}: ")
+    text = (
+        " ".join(text.split())
+        .split("; supported:")[0]
+        .removeprefix(f"{accel} cannot accelerate this {name}: ")
+    )
     text = re.sub(r"'?/tmp/\S+\.json'?", "the file", text)
     return text.replace(f"this {name}", "this pipeline").replace(name, "the pipeline")
 
@@ -162,10 +171,8 @@ def task_of(cls: Any) -> str:
         needed = [key for key in given if parameters[key].default is inspect.Parameter.empty]
         source = needed or re.search(r"(Image|Video)\w*ToV|Video2|Image2V|I2V|TemporalRefine", name)
         return "image or video to video" if source else "text to video"
-    if re.search(r"Img2Img|I2I|Edit|Kontext|Upscale|Upsampl|SuperRes|Pix2Pix|Variation|Depth2|Cycle|Marigold|Refiner|Redux"
-                 r"|Emb2Emb|VisualCloze|DualGuided|ToImage2", name) or (  # fmt: skip
-        "image" in parameters and parameters["image"].default is inspect.Parameter.empty
-    ):
+    needs_image = "image" in parameters and parameters["image"].default is inspect.Parameter.empty
+    if needs_image or re.search("|".join(FROM_IMAGES), name):
         return "image to image"
     return "text to image" if "prompt" in parameters else "other"
 

@@ -27,7 +27,9 @@ def tables(record: dict[str, Any]) -> str:
     parts.append(f"## Reasons\n\n{notes}\n")
     left = [f"| {name} | {entry['task']} | {_cell(entry['reason'])} |"
             for name, entry in found.items() if not entry["built"]]  # fmt: skip
-    parts.append("## Not built here\n\n| pipeline | task | why |\n| --- | --- | --- |\n" + "\n".join(left) + "\n")
+    parts.append(
+        "## Not built here\n\n| pipeline | task | why |\n| --- | --- | --- |\n" + "\n".join(left) + "\n"
+    )
     return "\n".join(parts)
 
 
@@ -35,23 +37,28 @@ def _head(record: dict[str, Any], accels: list[str]) -> str:
     built = [entry for entry in record["pipelines"].values() if entry["built"]]
     served = sum(any(row["status"] == "runs" for row in entry["accelerators"].values()) for entry in built)
     ran = [row for entry in built for row in entry["accelerators"].values()]
-    restored = sum(bool(row["restored"]) for row in ran)
+    repeatable = [entry for entry in built if entry["repeatable"]]
+    restored = sum(entry["restored"] for entry in repeatable)
     states = Counter(row["status"] for row in ran)
-    return (
-        "# Which pipelines run under which accelerators\n\n"
-        "Written by `make tables` from `benchmarks/compatibility.json`, which "
-        "`python benchmarks/compatibility.py measure` makes.\n\n"
-        f"All {len(record['pipelines'])} pipeline classes that diffusers {record['versions']['diffusers']} exports "
-        f"were tried, tiny and with random weights. {len(built)} could be built and run here; {served} of these "
-        "run under at least one accelerator. Networks without training tell nothing about quality or speed: "
-        "this table is about what runs.\n\n"
-        f"Every call has {record['steps']} steps. A cell says how many evaluations of the denoiser ran, of those "
-        "that the pipeline asked for; `sada` was given a tolerance that lets it skip whatever it may. A number in "
-        "brackets is a refusal, with the reason below. "
-        f"Of {len(ran)} pairs, {states['runs']} run, {states['refused']} are refused, {states['idle']} do nothing, "
-        f"{states['crashed']} fail. After taking the accelerator off again the pipeline gave the same bits as "
-        f"before in {restored} of {len(ran)}.\n"
-    )
+    classes, version, steps = len(record["pipelines"]), record["versions"]["diffusers"], record["steps"]
+    return f"""# Which pipelines run under which accelerators
+
+Written by `make tables` from `benchmarks/compatibility.json`, which
+`python benchmarks/compatibility.py measure` makes.
+
+All {classes} pipeline classes that diffusers {version} exports (`MARPipeline` is ours) were tried, tiny and
+with random weights: {len(built)} could be built and run here, and {served} of these run under at least one
+accelerator. Networks that have learned nothing tell nothing about quality or speed: this is about what runs.
+
+Every call has {steps} steps. A cell says how many evaluations of the denoiser ran, of those that the
+pipeline asked for. `sada` was given a tolerance that lets it skip whatever it may; `s3` and `autodiffusion`
+were given a known solver as their schedule. A number in brackets is a refusal, with the reason below.
+
+Of {len(ran)} pairs of a pipeline and an accelerator {states["runs"]} run, {states["refused"]} are refused,
+{states["idle"]} do nothing, {states["crashed"]} fail. When all accelerators had been on and off again, a
+plain call gave the same bits as before for {restored} of the {len(repeatable)} pipelines that repeat
+themselves.
+"""
 
 
 def _counts(found: dict[str, Any], accels: list[str]) -> str:
@@ -60,7 +67,10 @@ def _counts(found: dict[str, Any], accels: list[str]) -> str:
     for task in (*TASKS, "all"):
         entries = [entry for entry in found.values() if task in (entry["task"], "all")]
         built = [entry for entry in entries if entry["built"]]
-        runs = [{accel for accel, row in entry["accelerators"].items() if row["status"] == "runs"} for entry in built]
+        runs = [
+            {accel for accel, row in entry["accelerators"].items() if row["status"] == "runs"}
+            for entry in built
+        ]
         cells = [task, len(entries), len(built), sum(map(bool, runs)),
                  *(sum(accel in names for names in runs) for accel in accels)]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -73,6 +83,7 @@ def _table(rows: dict[str, Any], accels: list[str], reasons: dict[str, int]) -> 
     for name, entry in rows.items():
         cells = [_outcome(entry["accelerators"].get(accel), reasons) for accel in accels]
         remark = "" if entry["repeatable"] else " (not repeatable by itself)"
+        remark += " (not restored)" if entry["repeatable"] and not entry["restored"] else ""
         remark += "" if entry["finite"] else " (its own output is not finite)"
         lines.append(f"| {name.removesuffix('Pipeline')}{remark} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -86,8 +97,7 @@ def _outcome(row: dict[str, Any] | None, reasons: dict[str, int]) -> str:
     if row["status"] == "crashed":
         return f"fails [{reasons.setdefault(row['reason'], len(reasons) + 1)}]"
     counts = f"{row['evaluated']:g} / {row['requested']}"
-    counts = f"no effect, {counts}" if row["status"] == "idle" else counts
-    return counts if row["restored"] else f"{counts}, not restored"
+    return f"no effect, {counts}" if row["status"] == "idle" else counts
 
 
 def _cell(text: str) -> str:

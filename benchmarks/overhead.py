@@ -43,7 +43,11 @@ def setting(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
     with quiet([]):
         pipe: Any = zoo.load(name)
     pipe.set_progress_bar_config(disable=True)
-    given = zoo.labels(batch) if name.endswith("dit") else [f"a red {n}" for n in ("boot", "dress")] * (batch // 2)
+    given = (
+        zoo.labels(batch)
+        if name.endswith("dit")
+        else [f"a red {n}" for n in ("boot", "dress")] * (batch // 2)
+    )
     first = "class_labels" if name.endswith("dit") else "prompt"
     return pipe, {first: given, "guidance_scale": 2.5, "output_type": "np"}
 
@@ -73,8 +77,12 @@ def compare(pipe: Any, call: dict[str, Any], accel: Any, steps: int, pairs: int)
     ratios.sort()
     reach = int(0.98 * pairs**0.5) + 1  # ranks about the median, by the binomial distribution
     middle = pairs // 2
-    return {"overhead": statistics.median(ratios), "low": ratios[max(middle - reach, 0)],
-            "high": ratios[min(middle + reach, pairs - 1)], "plain seconds": statistics.median(plains)}  # fmt: skip
+    return {
+        "overhead": statistics.median(ratios),
+        "low": ratios[max(middle - reach, 0)],
+        "high": ratios[min(middle + reach, pairs - 1)],
+        "plain seconds": statistics.median(plains),
+    }
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "NoiseLevel",
     "Path",
     "Prediction",
+    "family_name",
     "is_stochastic",
     "path_of",
     "prediction_coefficients",
@@ -226,14 +227,24 @@ def path_of(scheduler: Any) -> Path:
         UnsupportedScheduler: If its levels are not known, its settings contradict each other, it works on
             discrete tokens, or ``set_timesteps`` has not been called.
     """
-    name, supported = _known(scheduler, _FAMILIES), ", ".join(sorted(_FAMILIES))
-    if name is None:
-        what = _NOISY.get(_known(scheduler, _NOISY) or "", "has noise levels that are not known")
-        raise UnsupportedScheduler(f"{type(scheduler).__name__} {what}; supported: {supported}")
+    name = family_name(scheduler)
     ready = getattr(scheduler, "num_inference_steps", None) or getattr(scheduler, "custom_timesteps", False)
     if not ready:
         raise UnsupportedScheduler(f"{name} has no levels yet; call its set_timesteps first")
     return _FAMILIES[name](scheduler, name)
+
+
+def family_name(scheduler: Any) -> str:
+    """Returns the name of the class that tells how a scheduler keeps its levels: its own or that of a base.
+
+    Raises:
+        UnsupportedScheduler: If its levels are not known, or it works on discrete tokens.
+    """
+    name, supported = _known(scheduler, _FAMILIES), ", ".join(sorted(_FAMILIES))
+    if name is None:
+        what = _NOISY.get(_known(scheduler, _NOISY) or "", "has noise levels that are not known")
+        raise UnsupportedScheduler(f"{type(scheduler).__name__} {what}; supported: {supported}")
+    return name
 
 
 def probe(scheduler: Any) -> Path:

@@ -89,8 +89,17 @@ def test_arguments_that_only_the_own_scheduler_takes():
     pipe.scheduler = Scheduler()  # the constructor makes a DDIMScheduler of it
     pipe(num_inference_steps=8)
     pipe.to(accel={"few-step": {"final_denoise": True}})
-    with pytest.raises(UnsupportedPipeline, match="few-step .* set_timesteps.* only its own scheduler"):
+    with pytest.raises(UnsupportedPipeline, match=r"few-step .* set_timesteps\(\) as only its own scheduler"):
         pipe(num_inference_steps=9)
+
+
+def test_unknown_schedulers_are_not_taken_for_known_ones():
+    """Amused's tokens and Wuerstchen's cosine would have been sampled on a path with linear betas."""
+    pipe = fresh("sd")
+    for name in ("AmusedScheduler", "DDPMWuerstchenScheduler"):
+        pipe.scheduler = getattr(diffusers, name)(**({"mask_token_id": 3} if "Amused" in name else {}))
+        with pytest.raises(UnsupportedPipeline, match=f"few-step .*{name}"):
+            pipe.to(accel="few-step")
 
 
 def test_pipelines_that_call_others_keep_their_schedulers():

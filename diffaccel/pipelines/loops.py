@@ -23,7 +23,7 @@ _REFUSED: dict[str, dict[str, str]] = {
     "StableDiffusionSAG": {"skip": "it reads the attention maps of each evaluation",
                            "solver": "it takes schedulers of some classes only"},
 }  # fmt: skip
-"""Reasons by the beginning of a pipeline's class name and the kind of accelerator, "" being all; diffusers 0.42."""
+"""Reasons by the beginning of a class name and the kind of accelerator, "" being all; of diffusers 0.42."""
 
 
 def why_unusual(pipe: Any, kind: str) -> str | None:

@@ -287,7 +287,7 @@ class Run:
             accelerator.start(self)
 
     def _bound(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of a scheduler's method by name; pipelines may give what only theirs takes."""
+        """Returns the arguments of a scheduler's method by name; some are only for the pipeline's own."""
         try:
             return inspect.signature(gate.original).bind(*args, **kwargs).arguments
         except TypeError as error:

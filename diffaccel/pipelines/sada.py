@@ -180,7 +180,7 @@ class Sada(Accelerator):
         return result
 
     def _is_compiled(self, call: Evaluation) -> bool:
-        """Whether the network is compiled; asked where it matters, since the answer looks at all its parts."""
+        """Whether the network is compiled; asked only where it matters, since all parts are looked at."""
         if call.network not in self.compiled:
             self.compiled[call.network] = is_compiled(call.module)
         return self.compiled[call.network]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedScheduler
+from ..noise import family_name
 from ..pipelines.identity import identity_of
 from .unified import UnifiedSolverScheduler
 
@@ -26,6 +27,7 @@ def solver_of(
     """
     from ..zoo.folders import quiet
 
+    family_name(scheduler)  # the settings of an unknown scheduler would be taken for those of DDPM
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     with quiet([]):  # of settings that only other solvers have
         solver: UnifiedSolverScheduler = cls.from_config(config, **options)

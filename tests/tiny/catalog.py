@@ -14,14 +14,23 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from tiny import recipes_image, recipes_unet, recipes_video
-from tiny.encoders import bert, byte_tokenizer, clip_vision, decoder, qwen_processor, qwen_vl, siglip_vision, vocoder
-from tiny.networks import NETWORKS, make
-from tiny.recipe import CALL, OMIT, NotBuilt, Recipe, scheduler
-from tiny.text import clap, clip_text, clip_tokenizer, gemma2, llama, qwen2_5_vl, t5
 from torch import nn
 
 from diffaccel.pipelines import MARScheduler
+from tiny import recipes_image, recipes_unet, recipes_video
+from tiny.encoders import (
+    bert,
+    byte_tokenizer,
+    clip_vision,
+    decoder,
+    qwen_processor,
+    qwen_vl,
+    siglip_vision,
+    vocoder,
+)
+from tiny.networks import NETWORKS, make
+from tiny.recipe import CALL, OMIT, NotBuilt, Recipe, scheduler
+from tiny.text import clap, clip_text, clip_tokenizer, gemma2, llama, qwen2_5_vl, t5
 
 __all__ = ["NotBuilt", "arguments", "build", "pipelines", "recipe_of"]
 
@@ -105,7 +114,12 @@ def build(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
     recipe = recipe_of(cls.__name__)
     if recipe.refused:
         raise NotBuilt(recipe.refused)
-    torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _built(cls, recipe)
+
+
+def _built(cls: type[DiffusionPipeline], recipe: Recipe) -> DiffusionPipeline:
     parts = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
         given = recipe.parts.get(name, OMIT)

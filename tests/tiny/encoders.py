@@ -4,19 +4,37 @@ from typing import Any
 
 import tokenizers
 import transformers
-from tiny.text import MAX_LENGTH, WORDS, bpe, bytes_alphabet
 from torch import nn
 
-__all__ = ["bert", "byte_tokenizer", "clip_vision", "decoder", "multilingual_clip", "qwen_processor", "qwen_vl",
-           "siglip_vision", "vocoder"]
+from tiny.text import WORDS, bpe, bytes_alphabet
+
+__all__ = [
+    "bert",
+    "byte_tokenizer",
+    "clip_vision",
+    "decoder",
+    "multilingual_clip",
+    "qwen_processor",
+    "qwen_vl",
+    "siglip_vision",
+    "vocoder",
+]
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
-    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
 )
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+]
 TEXT = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
@@ -38,7 +56,9 @@ def byte_tokenizer(length: int = 512) -> transformers.PreTrainedTokenizerFast:
 
 def decoder(name: str, model: str = "Model", **options: Any) -> nn.Module:
     """A language model of the transformers library without a head, such as ``decoder("Qwen3")``."""
-    config = getattr(transformers, f"{name}Config")(**{**TEXT, "vocab_size": len(byte_tokenizer()), **options})
+    config = getattr(transformers, f"{name}Config")(
+        **{**TEXT, "vocab_size": len(byte_tokenizer()), **options}
+    )
     return getattr(transformers, f"{name}{model}")(config)
 
 
@@ -83,8 +103,14 @@ def multilingual_clip() -> nn.Module:
 def qwen_vl(name: str, model: str = "ForConditionalGeneration") -> nn.Module:
     """A Qwen model that reads pictures, such as ``qwen_vl("Qwen3VL")``, for `qwen_processor`."""
     tokens = byte_tokenizer()
-    ids = {key: tokens.convert_tokens_to_ids(f"<|{token}|>") for key, token in
-           {"image_token_id": "image_pad", "vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}.items()}
+    ids = {
+        key: tokens.convert_tokens_to_ids(f"<|{token}|>")
+        for key, token in {
+            "image_token_id": "image_pad",
+            "vision_start_token_id": "vision_start",
+            "vision_end_token_id": "vision_end",
+        }.items()
+    }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
               "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
@@ -108,6 +134,11 @@ def qwen_processor(name: str) -> Any:
 def siglip_vision() -> nn.Module:
     """The picture encoder of FramePack and HunyuanVideo 1.5."""
     config = transformers.SiglipVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
     )
     return transformers.SiglipVisionModel(config)

@@ -15,14 +15,23 @@ TOKENS = {**HEADS, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "
 FLUX = {**TOKENS, **ROPE, "pooled_projection_dim": 32}
 QWEN = {**HEADS, **ROPE, "in_channels": 16, "out_channels": 4, "num_layers": 2, "joint_attention_dim": 32}
 SD3 = {
-    **HEADS, "sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 2, "pos_embed_max_size": 16,
+    **HEADS, "sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+    "pos_embed_max_size": 16,
     "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 64,
 }  # fmt: skip
 SANA = {
     **HEADS, **IN_OUT, "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16,
     "cross_attention_dim": 32, "caption_channels": 32, "sample_size": 16,
 }  # fmt: skip
-WAN = {**HEADS, **IN_OUT, "text_dim": 32, "freq_dim": 32, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32}
+WAN = {
+    **HEADS,
+    **IN_OUT,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
 COSMOS = {
     **HEADS, "out_channels": 4, "num_layers": 2, "mlp_ratio": 2, "text_embed_dim": 32, "adaln_lora_dim": 4,
     "max_size": (4, 32, 32), "rope_scale": (2.0, 1.0, 1.0), "extra_pos_embed_type": "learnable",
@@ -36,13 +45,20 @@ HUNYUAN = {
     "pooled_projection_dim": 32, "rope_axes_dim": (4, 6, 6),
 }  # fmt: skip
 HUNYUAN_DIT = {
-    **HEADS, "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "cross_attention_dim": 32,
+    **HEADS, "sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 32,
+    "cross_attention_dim": 32,
     "cross_attention_dim_t5": 32, "pooled_projection_dim": 32, "activation_fn": "gelu-approximate",
 }  # fmt: skip
 Z_IMAGE = {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-UNETS = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 32}
+UNETS = {
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+}
 VIDEO_VAE = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1}
-WAN_VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "latents_mean": [0.1, 0.0, -0.1, 0.2],
+WAN_VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "latents_mean": [0.1,
+    0.0, -0.1, 0.2],
            "latents_std": [1.5, 1.2, 1.0, 2.0]}  # fmt: skip
 KL = {
     "block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1,
@@ -58,7 +74,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "UNet2DModel": {
         "sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D",
+        "UpBlock2D"),
     },
     "UNet1DModel": {
         "sample_size": 512, "block_out_channels": (8, 8, 16), "extra_in_channels": 16,
@@ -89,7 +106,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "DreamLiteUNetModel": {
         **IN_OUT, "sample_size": 16, "block_out_channels": (32, 64), "cross_attention_dim": 32,
-        "attention_head_dim": 8, "layers_per_block": 1, "norm_num_groups": 8, "transformer_layers_per_block": 1,
+        "attention_head_dim": 8, "layers_per_block": 1, "norm_num_groups": 8,
+        "transformer_layers_per_block": 1,
         "down_block_types": ("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
         "up_block_types": ("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
     },
@@ -112,7 +130,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "PaellaVQModel": {"bottleneck_blocks": 1, "num_vq_embeddings": 2, "embed_dim": 16},
     "UVit2DModel": {
         "hidden_size": 32, "cond_embed_dim": 32, "micro_cond_encode_dim": 2, "micro_cond_embed_dim": 10,
-        "encoder_hidden_size": 32, "vocab_size": 32, "codebook_size": 32, "in_channels": 32, "num_res_blocks": 1,
+        "encoder_hidden_size": 32, "vocab_size": 32, "codebook_size": 32, "in_channels": 32,
+        "num_res_blocks": 1,
         "block_out_channels": 32, "block_num_heads": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 32, "sample_size": 16,
     },
@@ -131,12 +150,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "ControlNetXSAdapter": {
         "block_out_channels": (8, 8), "base_block_out_channels": (32, 32), "cross_attention_dim": 32,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "sample_size": 16, "max_norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "sample_size": 16,
+        "max_norm_num_groups": 4,
         "conditioning_embedding_out_channels": (8, 8), "num_attention_heads": 2, "upcast_attention": False,
         "use_linear_projection": False,
     },
     "SparseControlNetModel": {
-        **UNETS, "attention_head_dim": 8, "conditioning_channels": 3, "conditioning_embedding_out_channels": (8, 8),
+        **UNETS, "attention_head_dim": 8, "conditioning_channels": 3,
+        "conditioning_embedding_out_channels": (8, 8),
         "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"), "motion_num_attention_heads": 2,
         "use_simplified_condition_embedding": False,
     },
@@ -165,7 +186,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": None,
     },
     "ChromaTransformer2DModel": {
-        **TOKENS, **ROPE, "approximator_hidden_dim": 32, "approximator_layers": 1, "approximator_num_channels": 16,
+        **TOKENS, **ROPE, "approximator_hidden_dim": 32, "approximator_layers": 1,
+        "approximator_num_channels": 16,
     },
     "CogView3PlusTransformer2DModel": {
         **HEADS, **IN_OUT, "num_layers": 1, "text_embed_dim": 32, "time_embed_dim": 8, "condition_dim": 2,
@@ -176,7 +198,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "DiTTransformer2DModel": {**HEADS, "num_layers": 2, "out_channels": 8, "sample_size": 16},
     "ErnieImageTransformer2DModel": {
-        "hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32, "in_channels": 16,
+        "hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 32,
+        "in_channels": 16,
         "out_channels": 16, "text_in_dim": 32, "rope_axes_dim": (4, 6, 6),
     },
     "Flux2Transformer2DModel": {
@@ -185,7 +208,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "FluxTransformer2DModel": {**FLUX, "guidance_embeds": False},
     "HiDreamImageTransformer2DModel": {
-        **HEADS, **IN_OUT, "patch_size": 2, "num_layers": 1, "num_single_layers": 1, "caption_channels": [32, 32],
+        **HEADS, **IN_OUT, "patch_size": 2, "num_layers": 1, "num_single_layers": 1,
+        "caption_channels": [32, 32],
         "text_emb_dim": 64, "num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4),
         "max_resolution": (32, 32), "llama_layers": (0, 1),
     },
@@ -226,7 +250,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "use_additional_conditions": False,
     },
     "PRXTransformer2DModel": {
-        "in_channels": 4, "patch_size": 1, "context_in_dim": 32, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2,
+        "in_channels": 4, "patch_size": 1, "context_in_dim": 32, "hidden_size": 32, "mlp_ratio": 2.0,
+        "num_heads": 2,
         "depth": 1, "axes_dim": [8, 8],
     },
     "QwenImageTransformer2DModel": QWEN,
@@ -251,13 +276,16 @@ NETWORKS: dict[str, dict[str, Any]] = {
         **HEADS, **IN_OUT, "time_embed_dim": 8, "text_embed_dim": 32, "num_layers": 1, "sample_width": 4,
         "sample_height": 4, "patch_size": 2,
     },
-    "HeliosTransformer3DModel": {**{k: v for k, v in WAN.items() if k != "rope_max_seq_len"}, "rope_dim": (4, 6, 6), "has_multi_term_memory_patch": True},
+    "HeliosTransformer3DModel": {**{k: v for k, v in WAN.items() if k != "rope_max_seq_len"},
+    "rope_dim": (4, 6, 6), "has_multi_term_memory_patch": True},
     "HunyuanVideoTransformer3DModel": HUNYUAN,
     "HunyuanVideoFramepackTransformer3DModel": {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 32,
                                                 "has_clean_x_embedder": True},
     "HunyuanVideo15Transformer3DModel": {
-        **HEADS, "in_channels": 9, "out_channels": 4, "num_layers": 1, "num_refiner_layers": 1, "mlp_ratio": 2.0,
-        "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 32, "text_embed_2_dim": 32, "image_embed_dim": 16,
+        **HEADS, "in_channels": 9, "out_channels": 4, "num_layers": 1, "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 32, "text_embed_2_dim": 32,
+        "image_embed_dim": 16,
         "rope_axes_dim": (4, 6, 6), "target_size": 16, "task_type": "t2v",
     },
     "JoyImageEditTransformer3DModel": {
@@ -274,8 +302,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "visual_cond": False, "attention_type": "regular",
     },
     "LatteTransformer3DModel": {
-        **HEADS, "sample_size": 16, "num_layers": 1, "patch_size": 2, "caption_channels": 32, "in_channels": 4,
-        "cross_attention_dim": 32, "out_channels": 8, "activation_fn": "gelu-approximate", "attention_bias": True,
+        **HEADS, "sample_size": 16, "num_layers": 1, "patch_size": 2, "caption_channels": 32,
+        "in_channels": 4,
+        "cross_attention_dim": 32, "out_channels": 8, "activation_fn": "gelu-approximate",
+        "attention_bias": True,
         "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
         "norm_eps": 1e-6, "video_length": 2,
     },
@@ -293,11 +323,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "text_embed_dim": 32, "time_embed_dim": 4, "max_sequence_length": 16,
     },
     "MotifVideoTransformer3DModel": {
-        **HEADS, "in_channels": 9, "out_channels": 4, "num_layers": 1, "num_single_layers": 1, "patch_size": 1,
+        **HEADS, "in_channels": 9, "out_channels": 4, "num_layers": 1, "num_single_layers": 1,
+        "patch_size": 1,
         "patch_size_t": 1, "text_embed_dim": 32, "rope_axes_dim": (4, 6, 6),
     },
     "SanaVideoTransformer3DModel": {
-        **SANA, "mlp_ratio": 2.0, "patch_size": (1, 2, 2), "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
+        **SANA, "mlp_ratio": 2.0, "patch_size": (1, 2, 2), "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 32,
     },
     "SkyReelsV2Transformer3DModel": WAN,
     "AnyFlowTransformer3DModel": WAN,
@@ -318,7 +350,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "cross_attention_input_dim": 16, "time_proj_dim": 8, "global_states_input_dim": 32,
     },
     "AudioLDM2UNet2DConditionModel": {
-        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 16, **IN_OUT,
+        "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 16,
+        **IN_OUT,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": (8, 16),
     },
@@ -327,15 +360,19 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "AutoencoderKLFlux2": {**KL, "latent_channels": 4},
     "VQModel": {**KL, "latent_channels": 4, "vq_embed_dim": 4},
     "AsymmetricAutoencoderKL": {
-        "down_block_types": ("DownEncoderBlock2D",) * 2, "down_block_out_channels": (8, 16), "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "up_block_out_channels": (8, 16), "layers_per_up_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "down_block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "up_block_out_channels": (8, 16),
+        "layers_per_up_block": 1,
     },
     "AutoencoderTiny": {
-        "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1),
+        "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
         "num_decoder_blocks": (1, 1), "latent_channels": 4,
     },
     "AutoencoderDC": {
-        "latent_channels": 4, "attention_head_dim": 4, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "latent_channels": 4, "attention_head_dim": 4, "encoder_block_types": ("ResBlock",
+        "EfficientViTBlock"),
         "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
         "decoder_block_out_channels": (8, 8), "encoder_layers_per_block": (1, 1),
         "decoder_layers_per_block": (1, 1), "encoder_qkv_multiscales": ((), (5,)),
@@ -351,11 +388,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "AutoencoderKLHunyuanVideo": {**VIDEO_VAE, "norm_num_groups": 4},
     "AutoencoderKLHunyuanVideo15": {
-        "latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1, "spatial_compression_ratio": 4,
+        "latent_channels": 4, "block_out_channels": (16, 16), "layers_per_block": 1,
+        "spatial_compression_ratio": 4,
         "temporal_compression_ratio": 2, "downsample_match_channel": False, "upsample_match_channel": False,
     },
     "AutoencoderKLHunyuanImage": {
-        "latent_channels": 4, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "scaling_factor": 0.5,
+        "latent_channels": 4, "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1,
+        "scaling_factor": 0.5,
         "spatial_compression_ratio": 8, "sample_size": 32, "in_channels": 3, "out_channels": 3,
     },
     "AutoencoderKLCogVideoX": {
@@ -368,21 +407,25 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "AutoencoderKLMagvit": {**VIDEO_VAE, "norm_num_groups": 2, "spatial_group_norm": False},
     "AutoencoderKLMochi": {
-        "latent_channels": 12, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+        "latent_channels": 12, "encoder_block_out_channels": (32,) * 4,
+        "decoder_block_out_channels": (32,) * 4,
         "layers_per_block": (1,) * 5,
     },
     "AutoencoderKLTemporalDecoder": {
-        "block_out_channels": (32, 32), "layers_per_block": 1, "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "block_out_channels": (32, 32), "layers_per_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
     },
     "AutoencoderKLCosmos": {
         "latent_channels": 4, "encoder_block_out_channels": (8,) * 4, "decode_block_out_channels": (8,) * 4,
-        "attention_resolutions": (8,), "resolution": 64, "num_layers": 1, "patch_size": 4, "scaling_factor": 1.0,
+        "attention_resolutions": (8,), "resolution": 64, "num_layers": 1, "patch_size": 4,
+        "scaling_factor": 1.0,
         "spatial_compression_ratio": 4, "temporal_compression_ratio": 4,
     },
     "AutoencoderKLLTX2Video": {
         "latent_channels": 4, "block_out_channels": (8,), "decoder_block_out_channels": (8,), "patch_size": 1,
         "layers_per_block": (1,), "decoder_layers_per_block": (1, 1), "spatio_temporal_scaling": (True,),
-        "decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False, False), "upsample_factor": (1,),
+        "decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False, False),
+        "upsample_factor": (1,),
         "downsample_type": ("spatial",), "upsample_residual": (False,), "encoder_causal": True,
     },
     "AutoencoderKLLTX2Audio": {
@@ -406,7 +449,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "LTX2LatentUpsamplerModel": {"in_channels": 4, "mid_channels": 32, "num_blocks_per_stage": 1},
     "AutoencoderOobleck": {
-        "encoder_hidden_size": 6, "downsampling_ratios": [1, 2], "decoder_channels": 3, "decoder_input_channels": 4,
+        "encoder_hidden_size": 6, "downsampling_ratios": [1, 2], "decoder_channels": 3,
+        "decoder_input_channels": 4,
         "audio_channels": 2, "channel_multiples": [2, 4], "sampling_rate": 16,
     },
 }  # fmt: skip

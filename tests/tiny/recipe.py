@@ -8,9 +8,24 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
+
 from tiny.text import MAX_LENGTH
 
-__all__ = ["CALL", "OMIT", "SIDE", "NotBuilt", "Recipe", "mask", "normal", "picture", "pictures", "scheduler"]
+__all__ = [
+    "CALL",
+    "EIGHT",
+    "OMIT",
+    "SIDE",
+    "NotBuilt",
+    "Recipe",
+    "embeds",
+    "mask",
+    "normal",
+    "ones",
+    "picture",
+    "pictures",
+    "scheduler",
+]
 
 SIDE = 32
 """The height and width of pictures."""
@@ -48,6 +63,16 @@ def normal(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def embeds(length: int = MAX_LENGTH, seed: int = 1) -> Callable[[], torch.Tensor]:
+    """A function that makes the embeddings of a prompt."""
+    return lambda: normal(1, length, 32, seed=seed)
+
+
+def ones(length: int = MAX_LENGTH) -> Callable[[], torch.Tensor]:
+    """A function that makes the mask of a prompt."""
+    return lambda: torch.ones(1, length, dtype=torch.long)
+
+
 def picture(side: int = SIDE, seed: int = 1) -> Image.Image:
     """A fixed picture, smooth enough to look like one."""
     pixels = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(seed)).mul(255).byte().numpy()
@@ -68,13 +93,20 @@ def mask(side: int = SIDE) -> Image.Image:
 
 def scheduler(name: str, **options: Any) -> Any:
     """A scheduler; those with a table of betas have that of Stable Diffusion, where they can."""
-    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-              "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+              "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
     cls = getattr(diffusers, name)
     known = inspect.signature(cls.__init__).parameters
     own = {key: value for key, value in common.items() if key in known and name != "UnCLIPScheduler"}
     return cls(**{**own, **options})
 
+
+EIGHT = {
+    "block_out_channels": (8,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+"""The options of an autoencoder that shrinks pictures by 8, as some pipelines take for granted."""
 
 CALL: dict[str, Any] = {
     "prompt": "a red boot",

@@ -1,13 +1,12 @@
 """Recipes for the pipelines with a transformer that make pictures."""
 
-from typing import Any
-
 import diffusers
 import torch
+
 from tiny.encoders import byte_tokenizer, decoder, qwen_vl
 from tiny.networks import make
-from tiny.recipe import OMIT, Recipe, mask, normal, picture, pictures
-from tiny.text import clip_text, gemma2, t5
+from tiny.recipe import EIGHT, OMIT, Recipe, embeds, mask, picture
+from tiny.text import gemma2, t5
 
 __all__ = ["RECIPES"]
 
@@ -16,32 +15,10 @@ WAN_VAE_32 = {"dim_mult": [1] * 6, "temperal_downsample": [False] * 5}
 """An autoencoder for pictures that a pipeline resizes to 1024 x 1024."""
 
 
-def embeds(length: int = 8, dim: int = 32, seed: int = 1) -> Any:
-    """A function that makes the embeddings of a prompt."""
-    return lambda: normal(1, length, dim, seed=seed)
-
-
-def ones(length: int = 8) -> Any:
-    """A function that makes the mask of a prompt."""
-    return lambda: torch.ones(1, length, dtype=torch.long)
-
-
 def yes(length: int = 8) -> torch.Tensor:
     """The mask of a prompt, as booleans."""
     return torch.ones(1, length, dtype=torch.bool)
 
-
-EMBEDS = {
-    "prompt": OMIT, "negative_prompt": OMIT, "prompt_embeds": embeds(), "prompt_embeds_mask": ones(),
-    "negative_prompt_embeds": embeds(seed=2), "negative_prompt_embeds_mask": ones(),
-}  # fmt: skip
-"""A prompt that is passed as embeddings, where its encoder also reads pictures."""
-
-EIGHT = {
-    "block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
-"""An autoencoder that shrinks pictures by 8, as some pipelines take for granted."""
 
 SMALL = {
     "block_out_channels": (8,) * 6, "down_block_types": ("DownEncoderBlock2D",) * 6,
@@ -50,52 +27,123 @@ SMALL = {
 """An autoencoder for pictures that a pipeline resizes to 1024 x 1024."""
 
 RECIPES = [
-    Recipe("^(Flux(?!2)|Chroma|StableDiffusion3|Bria(?!Fibo)|VisualCloze|OvisImage|ZImage|LongCatImage)", {"vae": SHIFTED}),
+    Recipe(
+        "^(Flux(?!2)|Chroma|StableDiffusion3|Bria(?!Fibo)|VisualCloze|OvisImage|ZImage|LongCatImage)",
+        {"vae": SHIFTED},
+    ),
     Recipe("^StableDiffusion3", {}, {"strength": 0.75}),
-    Recipe("^StableDiffusion3ControlNetInpainting", {"controlnet": {"extra_conditioning_channels": 1}},
-           {"control_mask": mask}),
-    Recipe("^StableDiffusion3Inpaint", {"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}}),
+    Recipe(
+        "^StableDiffusion3ControlNetInpainting",
+        {"controlnet": {"extra_conditioning_channels": 1}},
+        {"control_mask": mask},
+    ),
+    Recipe(
+        "^StableDiffusion3Inpaint",
+        {"transformer": {"in_channels": 16, "out_channels": 16}, "vae": {"latent_channels": 16}},
+    ),
     Recipe("^FluxPriorRedux|LatentUpsample|LTX2VideoDiffusionDecode", refused="it has no denoising loop"),
     Recipe("^FluxControl(?!Net)", {"transformer": {"in_channels": 32, "out_channels": 16}}),
     Recipe("^FluxFill|^VisualCloze", {"transformer": {"in_channels": 48, "out_channels": 16}}),
-    Recipe("^VisualCloze", {"resolution": 32},
-           {"task_prompt": "a boot", "content_prompt": "", "image": lambda: [[picture(), picture(seed=2)], [picture(), None]]}),
+    Recipe(
+        "^VisualCloze",
+        {"resolution": 32},
+        {
+            "task_prompt": "a boot",
+            "content_prompt": "",
+            "image": lambda: [[picture(), picture(seed=2)], [picture(), None]],
+        },
+    ),
     Recipe("^FluxKontext", {}, {"_auto_resize": False, "max_area": 1024}),
     Recipe("^Flux2", {}, {"text_encoder_out_layers": (1, 1, 2)}),
     Recipe("^Flux2(?!KleinInpaint)", {}, {"image": lambda: picture(64)}),
-    Recipe("^Flux2(?!Klein)", {"text_encoder": lambda: decoder("Mistral", "ForCausalLM"), "tokenizer": byte_tokenizer}),
+    Recipe(
+        "^Flux2(?!Klein)",
+        {"text_encoder": lambda: decoder("Mistral", "ForCausalLM"), "tokenizer": byte_tokenizer},
+    ),
     Recipe("^Flux2Klein", {"tokenizer": byte_tokenizer, "transformer": {"guidance_embeds": False}}),
     Recipe("^BriaFibo", {"transformer": {"num_layers": 2}}, {"prompt": '{"a": "red boot"}'}),
     Recipe("^BriaFiboEdit", {}, {"prompt": '{"edit_instruction": "a green boot"}'}),
     Recipe("^DiT", {}, {"class_labels": [1]}),
     Recipe("^ErnieImage", {"text_encoder": lambda: decoder("Mistral")}),
     Recipe("^HiDream", {"tokenizer_4": byte_tokenizer}),
-    Recipe("^HunyuanDiT", {"text_encoder_2": lambda: t5()["text_encoder"], "tokenizer_2": lambda: t5()["tokenizer"],
-                           "text_encoder": {}, "vae": EIGHT, "transformer": {"sample_size": 4}}),
+    Recipe(
+        "^HunyuanDiT",
+        {
+            "text_encoder_2": lambda: t5()["text_encoder"],
+            "tokenizer_2": lambda: t5()["tokenizer"],
+            "text_encoder": {},
+            "vae": EIGHT,
+            "transformer": {"sample_size": 4},
+        },
+    ),
     Recipe("^HunyuanDiTControlNet", {"controlnet": {"sample_size": 4}}),
     Recipe("^CogView4Control", {"transformer": {"in_channels": 8}}),
-    Recipe("^(Krea2|JoyImage|Nucleus|QwenImage21|DreamLite)", {"tokenizer": byte_tokenizer}, {"max_sequence_length": 256}),
+    Recipe(
+        "^(Krea2|JoyImage|Nucleus|QwenImage21|DreamLite)",
+        {"tokenizer": byte_tokenizer},
+        {"max_sequence_length": 256},
+    ),
     Recipe("^Krea2", {"text_encoder_select_layers": (1, 2)}),
     Recipe("^Nucleus", {}, {"return_index": -1}),
     Recipe("^JoyImageEditPlus", {}, {"images": lambda: [[picture()]]}),
     Recipe("^DreamLite", {}, {"image": OMIT}),
     Recipe("^QwenImage21", {}, {"image": OMIT}),
-    Recipe("^(QwenImage(Edit|Layered)|LongCatImageEdit)", {"text_encoder": lambda: qwen_vl("Qwen2_5_VL"), "tokenizer": byte_tokenizer}, {"height": OMIT, "width": OMIT}),
+    Recipe(
+        "^(QwenImage(Edit|Layered)|LongCatImageEdit)",
+        {"text_encoder": lambda: qwen_vl("Qwen2_5_VL"), "tokenizer": byte_tokenizer},
+        {"height": OMIT, "width": OMIT},
+    ),
     Recipe("^QwenImage(Edit|Layered)", {"vae": WAN_VAE_32}),
     Recipe("^QwenImageLayered", {}, {"output_type": "pt"}),
     Recipe("^QwenImageControlNet", {}, {"control_mask": mask, "height": 64, "width": 64}),
-    Recipe("^QwenImage(ControlNetInpaint|Inpaint|Img2Img|Pipeline)", {}, {"height": 64, "width": 64, "image": lambda: picture(64), "mask_image": lambda: mask(64), "control_image": lambda: picture(64), "control_mask": lambda: mask(64)}),
+    Recipe(
+        "^QwenImage(ControlNetInpaint|Inpaint|Img2Img|Pipeline)",
+        {},
+        {
+            "height": 64,
+            "width": 64,
+            "image": lambda: picture(64),
+            "mask_image": lambda: mask(64),
+            "control_image": lambda: picture(64),
+            "control_mask": lambda: mask(64),
+        },
+    ),
     Recipe("^QwenImageControlNetInpaint", {"controlnet": {"extra_condition_channels": 4}}),
-    Recipe("^LongCatImage", {"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}}, {"enable_prompt_rewrite": False}),
+    Recipe(
+        "^LongCatImage",
+        {"vae": {"latent_channels": 16}, "transformer": {"in_channels": 64}},
+        {"enable_prompt_rewrite": False},
+    ),
     Recipe("^LongCatImageEdit", {"vae": SMALL}),
     Recipe("^Lumina(?!2)", {"tokenizer": lambda: gemma2()["tokenizer"]}),
     Recipe("^OmniGen", {"vae": EIGHT, "tokenizer": byte_tokenizer}, {"input_images": OMIT}),
     Recipe("^OvisImage", {"tokenizer": byte_tokenizer}),
-    Recipe("^PRX", {"text_encoder": None, "tokenizer": None},
-           {**EMBEDS, "prompt_attention_mask": yes, "negative_prompt_attention_mask": yes}),
-    Recipe("^PRXPixel", {"transformer": {"in_channels": 3, "bottleneck_size": 8, "resolution_embeds": True}}, {"output_type": "pt"}),
-    Recipe("^SanaSprint", {"scheduler": lambda: diffusers.SCMScheduler(), "transformer": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}}, {"intermediate_timesteps": None}),
+    Recipe(
+        "^PRX",
+        {"text_encoder": None, "tokenizer": None},
+        {
+            "prompt": OMIT,
+            "negative_prompt": OMIT,
+            "prompt_embeds": embeds(8),
+            "negative_prompt_embeds": embeds(8, 2),
+            "prompt_attention_mask": yes,
+            "negative_prompt_attention_mask": yes,
+        },
+    ),
+    Recipe(
+        "^PRXPixel",
+        {"transformer": {"in_channels": 3, "bottleneck_size": 8, "resolution_embeds": True}},
+        {"output_type": "pt"},
+    ),
+    Recipe(
+        "^SanaSprint",
+        {
+            "scheduler": diffusers.SCMScheduler,
+            "transformer": {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"},
+        },
+        {"intermediate_timesteps": None},
+    ),
     Recipe("^SanaVideo|^SanaImageToVideo", {"vae": lambda: make("AutoencoderKLWan")}, {"frames": 5}),
     Recipe("^ZImage", {"text_encoder": lambda: decoder("Qwen3")}),
     Recipe("^ZImageControlNetInpaint", {"controlnet": {"control_in_dim": 9}}),
-]  # fmt: skip
+]

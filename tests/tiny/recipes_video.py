@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from tiny.encoders import byte_tokenizer, clip_vision, qwen_processor, qwen_vl
-from tiny.recipe import OMIT, Recipe, normal, pictures, scheduler
-from tiny.recipes_image import EIGHT
-from tiny.text import clip_text, clip_tokenizer, t5
 from transformers import CLIPImageProcessor
 
+from tiny.encoders import byte_tokenizer, clip_vision, qwen_processor, qwen_vl
+from tiny.recipe import EIGHT, OMIT, Recipe, embeds, normal, ones, pictures, scheduler
+from tiny.text import clip_text, clip_tokenizer, t5
+
 __all__ = ["RECIPES"]
+
 
 class NoGuard:
     """Stands for the guardrail of Cosmos, which checks prompts and frames before and after the loop."""
@@ -27,17 +28,12 @@ class NoGuard:
         return frames
 
 
-def embeds(length: int = 16, seed: int = 1) -> Any:
-    """A function that makes the embeddings of a prompt."""
-    return lambda: normal(1, length, 32, seed=seed)
-
-
-def ones(length: int = 16) -> Any:
-    """A function that makes the mask of a prompt."""
-    return lambda: torch.ones(1, length, dtype=torch.long)
-
-
-TEXT = {"prompt": None, "negative_prompt": None, "prompt_embeds": embeds(), "negative_prompt_embeds": embeds(seed=2)}
+TEXT = {
+    "prompt": None,
+    "negative_prompt": None,
+    "prompt_embeds": embeds(),
+    "negative_prompt_embeds": embeds(seed=2),
+}
 """A prompt that is passed as embeddings."""
 
 MASKED = {**TEXT, "prompt_attention_mask": ones(), "negative_prompt_attention_mask": ones()}
@@ -48,46 +44,108 @@ LONG = {"text_encoder_2": lambda: clip_text(length=77), "tokenizer_2": lambda: c
 RECIPES = [
     Recipe("^(Wan|AnyFlow|ChronoEdit|Helios|LucyEdit|SkyReels)", UMT5, TEXT),
     Recipe("^(Wan|ChronoEdit|LucyEdit|SkyReels|AnyFlow)", {}, {"width": 48}),
-    Recipe("^WanImageToVideo|^ChronoEdit|^SkyReelsV2ImageToVideo", {"transformer": {"in_channels": 12, "image_dim": 32}, "image_encoder": clip_vision,
-                                "image_processor": {}}),
+    Recipe(
+        "^WanImageToVideo|^ChronoEdit|^SkyReelsV2ImageToVideo",
+        {
+            "transformer": {"in_channels": 12, "image_dim": 32},
+            "image_encoder": clip_vision,
+            "image_processor": {},
+        },
+    ),
     Recipe("^SkyReelsV2ImageToVideo", {"image_processor": lambda: CLIPImageProcessor(size=32, crop_size=32)}),
     Recipe("^AnyFlow", {}, {"guidance_scale": 4.0}),
     Recipe("^AnyFlowFAR", {}, {"video": OMIT, "chunk_partition": [1, 1], "width": 32}),
-    Recipe("^HunyuanVideo15", {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None},
-           {**TEXT, "prompt_embeds_mask": ones(), "negative_prompt_embeds_mask": ones(), "prompt_embeds_2": embeds(), "prompt_embeds_mask_2": ones(),
-            "negative_prompt_embeds_2": embeds(seed=2), "negative_prompt_embeds_mask_2": ones()}),
-    Recipe("^HunyuanVideo15ImageToVideo", {"transformer": {"task_type": "i2v", "image_embed_dim": 32}, "image_encoder": {}, "feature_extractor": {}}),
-    Recipe("^HunyuanVideoImageToVideo", {"text_encoder": None, "tokenizer": None},
-           {**MASKED, "pooled_prompt_embeds": lambda: normal(1, 32), "negative_pooled_prompt_embeds": lambda: normal(1, 32)}),
-    Recipe("^HunyuanVideoImageToVideo", {"transformer": {"in_channels": 9, "image_condition_type": "latent_concat"}}),
+    Recipe(
+        "^HunyuanVideo15",
+        {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None},
+        {
+            **TEXT,
+            "prompt_embeds_mask": ones(),
+            "negative_prompt_embeds_mask": ones(),
+            "prompt_embeds_2": embeds(),
+            "prompt_embeds_mask_2": ones(),
+            "negative_prompt_embeds_2": embeds(seed=2),
+            "negative_prompt_embeds_mask_2": ones(),
+        },
+    ),
+    Recipe(
+        "^HunyuanVideo15ImageToVideo",
+        {
+            "transformer": {"task_type": "i2v", "image_embed_dim": 32},
+            "image_encoder": {},
+            "feature_extractor": {},
+        },
+    ),
+    Recipe(
+        "^HunyuanVideoImageToVideo",
+        {"text_encoder": None, "tokenizer": None},
+        {
+            **MASKED,
+            "pooled_prompt_embeds": lambda: normal(1, 32),
+            "negative_pooled_prompt_embeds": lambda: normal(1, 32),
+        },
+    ),
+    Recipe(
+        "^HunyuanVideoImageToVideo",
+        {"transformer": {"in_channels": 9, "image_condition_type": "latent_concat"}},
+    ),
     Recipe("^Helios", {"scheduler": {"stages": 1}}, {"image": OMIT, "video": OMIT}),
     Recipe("^Kandinsky5I2I", {}, {"height": OMIT, "width": OMIT}),
     Recipe("^SkyReelsV2DiffusionForcingVideoToVideo", {}, {"overlap_history": 1}),
-    Recipe("^MotifVideo", {"text_encoder": None, "tokenizer": None, "scheduler": lambda: scheduler("FlowMatchEulerDiscreteScheduler")}, MASKED),
+    Recipe(
+        "^MotifVideo",
+        {
+            "text_encoder": None,
+            "tokenizer": None,
+            "scheduler": lambda: scheduler("FlowMatchEulerDiscreteScheduler"),
+        },
+        MASKED,
+    ),
     Recipe("^LTX2", {"text_encoder": None, "tokenizer": None}, {**MASKED, "image_crf": 0}),
     Recipe("^Wan(Pipeline|ImageToVideo)|^Lucy", {"transformer_2": None, "transformer": {}}),
     Recipe("^LucyEdit", {"transformer": {"in_channels": 8}}),
     Recipe("^WanVACE", {"transformer_2": None, "transformer": {}}, {"video": pictures(5)}),
-    Recipe("^WanAnimate", {"image_encoder": clip_vision},
-           {"pose_video": pictures(5), "face_video": pictures(5), "segment_frame_length": 5}),
+    Recipe(
+        "^WanAnimate",
+        {"image_encoder": clip_vision},
+        {"pose_video": pictures(5), "face_video": pictures(5), "segment_frame_length": 5},
+    ),
     Recipe("^Latte", {}, {"video_length": 2}),
     Recipe("^Allegro", {"transformer": {"cross_attention_dim": 48}}),
-    Recipe("^CogVideoXFunControl|^CogVideoXImageToVideo", {"transformer": {"in_channels": 8}}, {"num_frames": 9}),
+    Recipe(
+        "^CogVideoXFunControl|^CogVideoXImageToVideo", {"transformer": {"in_channels": 8}}, {"num_frames": 9}
+    ),
     Recipe("^CogVideoXFunControl", {}, {"control_video": pictures(9)}),
     Recipe("^Cosmos", {"safety_checker": NoGuard}),
     Recipe("^Cosmos2(?!_5)", {"scheduler": {"use_karras_sigmas": True}}),
-    Recipe("^CosmosVideoToWorld|^Cosmos2(VideoToWorld|_5)", {"transformer": {"in_channels": 5}}, {"image": OMIT}),
+    Recipe(
+        "^CosmosVideoToWorld|^Cosmos2(VideoToWorld|_5)", {"transformer": {"in_channels": 5}}, {"image": OMIT}
+    ),
     Recipe("^Cosmos2_5", {"transformer": {"text_embed_dim": 64}, "controlnet": {"text_embed_dim": 64}}),
     Recipe("^Cosmos2_5_Transfer", {}, {"controls": pictures(5), "num_frames_per_chunk": 5}),
     Recipe("^EasyAnimate", {"text_encoder": {}, "tokenizer": byte_tokenizer}),
-    Recipe("^EasyAnimateInpaint", {"transformer": {"in_channels": 9}}, {"video": lambda: normal(1, 3, 5, 32, 32).clamp(0, 1), "mask_video": lambda: torch.ones(1, 1, 5, 32, 32) * 255}),
+    Recipe(
+        "^EasyAnimateInpaint",
+        {"transformer": {"in_channels": 9}},
+        {
+            "video": lambda: normal(1, 3, 5, 32, 32).clamp(0, 1),
+            "mask_video": lambda: torch.ones(1, 1, 5, 32, 32) * 255,
+        },
+    ),
     Recipe("^Hunyuan(Video(?!15)|Skyreels)", LONG, HUNYUAN),
     Recipe("^HunyuanSkyreels", {"transformer": {"in_channels": 8}}),
     Recipe("^HunyuanVideoFramepack", {"image_encoder": {}, "feature_extractor": {}}),
-    Recipe("^Kandinsky5", {"text_encoder": lambda: qwen_vl("Qwen2_5_VL"), "tokenizer": lambda: qwen_processor("Qwen2VL"),
-                           "text_encoder_2": LONG["text_encoder_2"], "tokenizer_2": LONG["tokenizer_2"]},
-           {"max_sequence_length": 256}),
+    Recipe(
+        "^Kandinsky5",
+        {
+            "text_encoder": lambda: qwen_vl("Qwen2_5_VL"),
+            "tokenizer": lambda: qwen_processor("Qwen2VL"),
+            "text_encoder_2": LONG["text_encoder_2"],
+            "tokenizer_2": LONG["tokenizer_2"],
+        },
+        {"max_sequence_length": 256},
+    ),
     Recipe("^Kandinsky5I2", {"transformer": {"visual_cond": True}}),
     Recipe("^Kandinsky5I2I", {"vae": EIGHT}),
     Recipe("^Mochi", {}, {"num_frames": 7}),
-]  # fmt: skip
+]

@@ -1,0 +1,60 @@
+"""The catalog of tiny pipelines is sound, and the table of compatibility is that of its record."""
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from tiny.catalog import RECIPES, NotBuilt, arguments, build, pipelines
+
+from diffaccel.pipelines.loops import _REFUSED
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+CLASSES = pipelines()
+
+
+def signatures(recipe, method):
+    matched = [cls for name, cls in CLASSES.items() if re.search(recipe.pattern, name)]
+    return {key for cls in matched for key in inspect.signature(getattr(cls, method)).parameters}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.pattern)
+def test_recipes_are_for_something(recipe):
+    """A name that is misspelled would be left out in silence."""
+    assert any(re.search(recipe.pattern, name) for name in CLASSES)
+    assert recipe.parts.keys() <= signatures(recipe, "__init__")
+    assert recipe.call.keys() <= signatures(recipe, "__call__")
+
+
+def test_the_catalog_builds():
+    state = torch.get_rng_state()
+    for name in ("StableDiffusionXLControlNetPipeline", "AuraFlowPipeline", "ZImagePipeline"):
+        pipe, again = build(CLASSES[name]), build(CLASSES[name])
+        weights = [next(iter(p.components["vae"].state_dict().values())) for p in (pipe, again)]
+        assert torch.equal(*weights)
+        with torch.no_grad():
+            output = pipe(num_inference_steps=2, **arguments(CLASSES[name]))[0]
+        assert torch.isfinite(output).all()
+    with pytest.raises(NotBuilt, match="no denoising loop"):
+        build(diffusers.FluxPriorReduxPipeline)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_refused_classes_exist():
+    assert all(any(name.startswith(start) for name in CLASSES) for start in _REFUSED)
+
+
+def test_the_table_is_that_of_the_record():
+    from compatibility_tables import tables
+
+    record = json.loads((ROOT / "benchmarks" / "compatibility.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8") == tables(record)
+    rows = [row for entry in record["pipelines"].values() for row in entry.get("accelerators", {}).values()]
+    assert not [row for row in rows if row["status"] in ("crashed", "idle")]
+    assert all(entry["restored"] for entry in record["pipelines"].values() if entry.get("repeatable"))
