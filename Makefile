@@ -24,6 +24,7 @@ tables: $(STAMP)  # docs/zoo.md, docs/compatibility.md and docs/*-table.md from 
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
 	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
+	$(BIN)/python benchmarks/students.py tables
 	$(BIN)/python benchmarks/compatibility.py tables
 
 $(STAMP): pyproject.toml

@@ -185,7 +185,8 @@ def _table(record: dict[str, Any]) -> str:
         cells.append([row["name"], str(row["steps"]), millions, *numbers, time_taken])
     text = (
         f"{record['n']} images a row, protocol `{record['protocol']}`, teacher `{record['teacher']}` with "
-        f"guidance {record['guidance']:g}; labels and noise are the same in all rows.\n\n"
+        f"guidance {record['guidance']:g}; labels and noise are the same in all rows; times of {TIMED} "
+        f"images a call, {record['machine']['device']}, {record['machine'].get('threads', 1)} threads.\n\n"
     )
     return text + markdown(Lines("students", head, [("plain", line) for line in cells], ())) + "\n"
 

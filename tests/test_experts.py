@@ -256,7 +256,7 @@ def test_adapters_without_their_network(name, tmp_path):
     common = {"guidance": 1.0, "card": CARD, "options": call_of(name), "dtype": torch.float32}
     folder = export_lora(network, None, case.pipe, part_of(name), case.grid, tmp_path / "it", **common)
     assert sorted(file.name for file in folder.iterdir()) == [
-        "README.md", "adapters.safetensors", "config.json", "scheduler"
+        "README.md", "adapters.safetensors", "config.json", "scheduler", "student.json"
     ]  # fmt: skip
     text = (folder / "README.md").read_text()
     assert f'pipe.{part_of(name)} = NoiseExperts.on(pipe.{part_of(name)}, "it")' in text
