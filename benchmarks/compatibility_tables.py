@@ -1,5 +1,6 @@
 """The tables of ``docs/compatibility.md`` from the record of ``compatibility.py``."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -52,7 +53,8 @@ accelerator. Networks that have learned nothing tell nothing about quality or sp
 
 Every call has {steps} steps. A cell says how many evaluations of the denoiser ran, of those that the
 pipeline asked for. `sada` was given a tolerance that lets it skip whatever it may; `s3` and `autodiffusion`
-were given a known solver as their schedule. A number in brackets is a refusal, with the reason below.
+were given a known solver as their schedule. A number in brackets is a refusal, with the reason below; "="
+is an output that is the plain one, since nothing was there to change, such as guidance that is off.
 
 Of {len(ran)} pairs of a pipeline and an accelerator {states["runs"]} run, {states["refused"]} are refused,
 {states["idle"]} do nothing, {states["crashed"]} fail. When all accelerators had been on and off again, a
@@ -92,12 +94,20 @@ def _table(rows: dict[str, Any], accels: list[str], reasons: dict[str, int]) -> 
 def _outcome(row: dict[str, Any] | None, reasons: dict[str, int]) -> str:
     if row is None:
         return "not measured"
-    if row["status"] == "refused":
-        return f"[{reasons.setdefault(row['reason'], len(reasons) + 1)}]"
-    if row["status"] == "crashed":
-        return f"fails [{reasons.setdefault(row['reason'], len(reasons) + 1)}]"
+    if "reason" in row:
+        number = reasons.setdefault(_brief(row["reason"]), len(reasons) + 1)
+        return f"[{number}]" if row["status"] == "refused" else f"fails [{number}]"
     counts = f"{row['evaluated']:g} / {row['requested']}"
-    return f"no effect, {counts}" if row["status"] == "idle" else counts
+    if row["status"] == "idle":
+        return f"no effect, {counts}"
+    return f"{counts} =" if row["same"] else counts
+
+
+def _brief(text: str) -> str:
+    """Returns a reason without what differs between pipelines that are refused for the same."""
+    for pattern in (r": its shape is .*", r"; \w+ has no method head_steps.*", r", such as DPMSolver.*"):
+        text = re.sub(pattern, "", text)
+    return text
 
 
 def _cell(text: str) -> str:

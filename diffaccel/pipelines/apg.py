@@ -158,6 +158,7 @@ class APG(Accelerator):
         self.equal: dict[tuple[str, str, int, int], bool] = {}
         self.pair: _Pair | None = None
         self.checked = False
+        self.rows = 0
 
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
         """Replaces the unconditional output, which is half of a batch or the second of two calls.
@@ -168,6 +169,7 @@ class APG(Accelerator):
         output = proceed(call)
         if self.is_plain or call.network in AUXILIARY or not is_guiding(call.run.pipe, call.run.arguments):
             return output
+        self.rows = max(self.rows, call.rows)
         prediction, sample = self._latents(call, output)
         if self._is_stacked(call, sample):
             return self._rewrite_half(call, output, prediction, sample)
@@ -295,7 +297,8 @@ class APG(Accelerator):
         """
         name = type(call.run.pipe).__name__
         if pair is None:
-            if getattr(call.run.pipe, "do_classifier_free_guidance", False) is True:
+            guided = getattr(call.run.pipe, "do_classifier_free_guidance", False) is True
+            if guided or self.rows > len(call.sample):  # branches, but of another kind
                 raise UnsupportedPipeline(f"apg found no pair of predictions in the first step of {name}")
             return
         first, second = (pair.cond, pair.uncond) if pair.cond_first else (pair.uncond, pair.cond)

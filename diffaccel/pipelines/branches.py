@@ -82,7 +82,7 @@ _CONVENTIONS = {
     "NucleusMoE": Convention(sign=-1, scale="guidance_scale"),
     "OmniGen": Convention(refused=_THREE),
     "QwenImage": Convention(scale="true_cfg_scale"),
-    "QwenImage21": Convention(),
+    "QwenImage21": Convention(refused="the predictions of its network begin with the prompt's tokens"),
     "StableAudio": Convention(layout=Layout(channel=1)),
     "SemanticStableDiffusion": Convention(refused=_THREE),
     "StableDiffusionInstructPix2Pix": Convention(refused=_THREE),
@@ -100,7 +100,7 @@ def convention_of(pipe: Any) -> Convention:
     """Returns the convention of a pipeline: that of its class or the nearest base class, or the usual one."""
     for base in type(pipe).__mro__:
         known = [start for start in _CONVENTIONS if base.__name__.startswith(start)]
-        if known and base.__name__.endswith("Pipeline"):  # no mixin
+        if known and "Pipeline" in base.__name__:  # no mixin
             return _CONVENTIONS[max(known, key=len)]
     return Convention()
 

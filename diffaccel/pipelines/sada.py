@@ -130,11 +130,11 @@ class Sada(Accelerator):
         denoiser = call.network not in AUXILIARY
         known, previous = self.last.get(key, (0, None))
         switched = denoiser and (call.network != self.network or known not in (0, call.rows))
-        if known != call.rows or switched or not self.skip.any() or call.rows % batch:
+        if known != call.rows or switched or not self.skip.any():
             output, ran = proceed(call), np.ones(batch, bool)
         elif self.skip.all():
             output, ran = previous, ~self.skip
-        elif self._is_compiled(call):
+        elif call.rows % batch or self._is_compiled(call):  # frames may be samples, but not rows
             output, ran = proceed(call), np.ones(batch, bool)
         else:
             part, ran = call.select(np.flatnonzero(~self.skip).tolist(), batch), ~self.skip

@@ -207,6 +207,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4),
     },
     "FluxTransformer2DModel": {**FLUX, "guidance_embeds": False},
+    "GlmImageTransformer2DModel": {
+        **HEADS, **IN_OUT, "num_layers": 1, "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 8,
+        "prior_vq_quantizer_codebook_size": 128,
+    },
     "HiDreamImageTransformer2DModel": {
         **HEADS, **IN_OUT, "patch_size": 2, "num_layers": 1, "num_single_layers": 1,
         "caption_channels": [32, 32],

@@ -65,6 +65,26 @@ RECIPES = [
     Recipe("^BriaFiboEdit", {}, {"prompt": '{"edit_instruction": "a green boot"}'}),
     Recipe("^DiT", {}, {"class_labels": [1]}),
     Recipe("^ErnieImage", {"text_encoder": lambda: decoder("Mistral")}),
+    Recipe(
+        "^GlmImage",
+        {
+            "processor": None,
+            "vision_language_encoder": None,
+            "text_encoder": lambda: t5(words=512)["text_encoder"],
+        },
+        {"image": OMIT, "prior_token_ids": lambda: torch.zeros(1, 64, dtype=torch.long)},
+    ),
+    Recipe(
+        "^HunyuanImageRefiner",
+        {
+            "transformer": {
+                "in_channels": 16,
+                "out_channels": 8,
+                "patch_size": (1, 1, 1),
+                "rope_axes_dim": (4, 6, 6),
+            }
+        },
+    ),
     Recipe("^HiDream", {"tokenizer_4": byte_tokenizer}),
     Recipe(
         "^HunyuanDiT",
@@ -94,7 +114,7 @@ RECIPES = [
         {"height": OMIT, "width": OMIT},
     ),
     Recipe("^QwenImage(Edit|Layered)", {"vae": WAN_VAE_32}),
-    Recipe("^QwenImageLayered", {}, {"output_type": "pt"}),
+    Recipe("^QwenImageLayered", {}, {"output_type": "pt", "max_sequence_length": 512}),
     Recipe("^QwenImageControlNet", {}, {"control_mask": mask, "height": 64, "width": 64}),
     Recipe(
         "^QwenImage(ControlNetInpaint|Inpaint|Img2Img|Pipeline)",
@@ -117,7 +137,7 @@ RECIPES = [
     Recipe("^LongCatImageEdit", {"vae": SMALL}),
     Recipe("^Lumina(?!2)", {"tokenizer": lambda: gemma2()["tokenizer"]}),
     Recipe("^OmniGen", {"vae": EIGHT, "tokenizer": byte_tokenizer}, {"input_images": OMIT}),
-    Recipe("^OvisImage", {"tokenizer": byte_tokenizer}),
+    Recipe("^OvisImage", {"tokenizer": byte_tokenizer}, {"max_sequence_length": 256}),
     Recipe(
         "^PRX",
         {"text_encoder": None, "tokenizer": None},

@@ -69,6 +69,7 @@ RECIPES = [
         {"control_mode": [0], "control_image": pictures(1)},
     ),
     Recipe("StableDiffusionXLControlNetUnionInpaint", {}, {"control_image": pictures(1)}),
+    Recipe("^VersatileDiffusionImage", {}, {"negative_prompt": OMIT}),
     Recipe("ControlNetXS", {"unet": {"layers_per_block": 2}}),
     Recipe("StableDiffusionControlNetXS", {"controlnet": xs_adapter}),
     Recipe("StableDiffusionXLControlNetXS", {"controlnet": lambda: xs_adapter(**XL)}),

@@ -53,8 +53,8 @@ RECIPES = [
         },
     ),
     Recipe("^SkyReelsV2ImageToVideo", {"image_processor": lambda: CLIPImageProcessor(size=32, crop_size=32)}),
-    Recipe("^AnyFlow", {}, {"guidance_scale": 4.0}),
-    Recipe("^AnyFlowFAR", {}, {"video": OMIT, "chunk_partition": [1, 1], "width": 32}),
+    Recipe("^AnyFlow", {}, {"guidance_scale": 4.0, "video": OMIT}),
+    Recipe("^AnyFlowFAR", {}, {"chunk_partition": [1, 1], "width": 32}),
     Recipe(
         "^HunyuanVideo15",
         {"text_encoder": None, "tokenizer": None, "text_encoder_2": None, "tokenizer_2": None},
@@ -90,6 +90,8 @@ RECIPES = [
         {"transformer": {"in_channels": 9, "image_condition_type": "latent_concat"}},
     ),
     Recipe("^Helios", {"scheduler": {"stages": 1}}, {"image": OMIT, "video": OMIT}),
+    Recipe("^HeliosPyramid", {}, {"height": 64, "width": 64, "pyramid_num_inference_steps_list": [8]}),
+    Recipe("^Kandinsky5I2V", {}, {"num_frames": 9}),
     Recipe("^Kandinsky5I2I", {}, {"height": OMIT, "width": OMIT}),
     Recipe("^SkyReelsV2DiffusionForcingVideoToVideo", {}, {"overlap_history": 1}),
     Recipe(
@@ -117,12 +119,22 @@ RECIPES = [
     ),
     Recipe("^CogVideoXFunControl", {}, {"control_video": pictures(9)}),
     Recipe("^Cosmos", {"safety_checker": NoGuard}),
+    Recipe("^Cosmos(?!2Text)", {}, {"num_frames": 9}),
+    Recipe("^LTX", {}, {"num_frames": 17}),
     Recipe("^Cosmos2(?!_5)", {"scheduler": {"use_karras_sigmas": True}}),
     Recipe(
         "^CosmosVideoToWorld|^Cosmos2(VideoToWorld|_5)", {"transformer": {"in_channels": 5}}, {"image": OMIT}
     ),
-    Recipe("^Cosmos2_5", {"transformer": {"text_embed_dim": 64}, "controlnet": {"text_embed_dim": 64}}),
-    Recipe("^Cosmos2_5_Transfer", {}, {"controls": pictures(5), "num_frames_per_chunk": 5}),
+    Recipe(
+        "^Cosmos2_5",
+        {"transformer": {"text_embed_dim": 64}, "controlnet": {"text_embed_dim": 64}},
+        {"max_sequence_length": 512},
+    ),
+    Recipe(
+        "^Cosmos2_5_Transfer",
+        {"transformer": {"controlnet_block_every_n": 1}},
+        {"controls": pictures(5), "num_frames_per_chunk": 5},
+    ),
     Recipe("^EasyAnimate", {"text_encoder": {}, "tokenizer": byte_tokenizer}),
     Recipe(
         "^EasyAnimateInpaint",

@@ -65,14 +65,14 @@ def clip(suffix: str = "", projection: bool = False, length: int = MAX_LENGTH) -
     }
 
 
-def t5(suffix: str = "", encoder: str = "T5") -> dict[str, Any]:
-    """The two components ``tokenizer`` and ``text_encoder`` of the T5 family."""
+def t5(suffix: str = "", encoder: str = "T5", words: int = 0) -> dict[str, Any]:
+    """The two components ``tokenizer`` and ``text_encoder`` of the T5 family, for so many words at least."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in dict.fromkeys(WORDS.split()))]
     letters = [chr(c) for c in range(33, 127)]
     vocab = [(piece, -float(i)) for i, piece in enumerate([*pieces, *letters])]
     tokens = transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_LENGTH)
     config = getattr(transformers, f"{encoder}Config")(
-        vocab_size=len(vocab), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+        vocab_size=max(words, len(vocab)), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2
     )
     return {
         f"tokenizer{suffix}": tokens,
