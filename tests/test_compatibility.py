@@ -38,7 +38,7 @@ def test_the_catalog_builds():
         pipe, again = build(CLASSES[name]), build(CLASSES[name])
         weights = [next(iter(p.components["vae"].state_dict().values())) for p in (pipe, again)]
         assert torch.equal(*weights)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():  # some draw noise of their own
             output = pipe(num_inference_steps=2, **arguments(CLASSES[name]))[0]
         assert torch.isfinite(output).all()
     with pytest.raises(NotBuilt, match="no denoising loop"):
