@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from diffaccel.cli import app
 from diffaccel.distill.checkpoint_files import open_checkpoint
 from diffaccel.distill.checkpoint_matrix import CheckpointMatrix
-from diffaccel.distill.combine import COMBINATION, SEARCH, Host, Plan, combine, host_of
+from diffaccel.distill.combine import COMBINATION, SEARCH, Host, Plan, combine, host_of, host_of_run
 from diffaccel.distill.deployment import SCORES, Deployment, Judge, halves
 from diffaccel.distill.pairs import make_pairs
+from diffaccel.distill.runs import resume
 from diffaccel.errors import DiffaccelError, MissingReference, OptionError
 from diffaccel.eval import Extractor, collect, open_images, protocol
 
@@ -140,6 +141,7 @@ def test_a_run_combines_what_it_has_kept_at_its_end(made: Path, tmp_path: Path) 
     assert "complete after 24 images" in printed and f"pipeline: {run / 'combined'}" in printed
     kept = sorted(path.name for path in (run / "raw").iterdir())
     assert kept == [f"student-{images:010d}.safetensors" for images in (12, 16, 20, 24)]
+    assert host_of_run(resume(run, training=False)).guidance == 1  # not the default of the pipeline's call
     card = (run / "combined" / "README.md").read_text()
     assert card.startswith("# combined") and "linear combination of 4 checkpoints" in card
     out = tmp_path / "again"

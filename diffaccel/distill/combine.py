@@ -1,5 +1,6 @@
 """From saved checkpoints to a pipeline folder: `diffaccel combine` as a function."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -189,7 +190,8 @@ def host_of_run(run: Run, device: str = "cpu", conditions: Sequence[str] | None 
         return conditions_of(run, count) if conditions is None else list(conditions)
 
     reference = config.reference or (None if config.teacher in zoo.names() else "")
-    guided = guidance_of(run.pipe) if "guidance_scale" in type(pipe).__call__.__code__.co_varnames else None
+    takes = "guidance_scale" in inspect.signature(pipe.__call__).parameters
+    guided = guidance_of(run.pipe) if takes else None
     return Host(pipe, component, network, chosen, run.store.options, guided, save, reference)
 
 
