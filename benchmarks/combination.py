@@ -72,7 +72,7 @@ class Bench:
         self.features[window, name] = np.asarray(kept(file, make)["features"])
         if coefficients is not None:
             more["coefficients"] = np.asarray(coefficients)[0].tolist()
-        self.rows.append({"window": window, "name": name, **more})
+        self.rows.append(self.figures({"window": window, "name": name, **more}))
         self.write()
 
     def figures(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Bench:
             "run": self.run.config.method, "images": self.run.trainer.images, "base": list(BASE),
             "search_images": self.arguments.images,
             "held_out_images": len(next(iter(self.features.values()))),
-            "rows": [self.figures(row) for row in self.rows], "protocol": "fashion",
+            "rows": self.rows, "protocol": "fashion",
             "machine": machine(torch.device(self.device)), "versions": versions(),
         })  # fmt: skip
         with whole(self.arguments.record) as temporary:

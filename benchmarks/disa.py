@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from frechet import frechet_of
 from kept import kept
 
 from diffaccel import accelerate, zoo
@@ -103,8 +104,9 @@ class Runs:
     def row(self, steps: int, name: str, accel: Any, base: str) -> dict[str, Any]:
         """Returns a row of the table; the difference is paired with the first row of the same steps."""
         found = self.images(steps, name, accel)
-        value, influence = self._frechet(found["pixels"])
-        plain, other = self._frechet(self.images(steps, base, None)["pixels"])
+        base_pixels = self.images(steps, base, None)["pixels"]
+        _, value, influence = frechet_of(found["pixels"], self.extractor, self.reference)
+        _, plain, other = frechet_of(base_pixels, self.extractor, self.reference)
         prediction = predict(torch.from_numpy(found["pixels"]) / 255)
         right = prediction.class_logits.argmax(1) == torch.tensor(self.numbers) % len(CLASSES)
         return {
@@ -113,11 +115,6 @@ class Runs:
             "fd_minus_plain": {"value": value - plain, "se": mean_estimate(influence - other).se},
             "class": mean_estimate(right.double().tolist()).to_dict(),
         }  # fmt: skip
-
-    def _frechet(self, pixels: Any) -> tuple[float, Any]:
-        found = collect(open_images(torch.from_numpy(pixels)), self.extractor, ("features",))
-        frechet = found.frechet(self.reference.reference)
-        return frechet.distance, frechet.influence(found.features[:])
 
     def speed(self, steps: int, rows: dict[str, Any], rounds: int) -> dict[str, float]:
         """Returns seconds an image of some rows: medians of interleaved rounds of one batch of 16."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+from frechet import frechet_of
 from kept import kept
 from torch import Tensor
 
@@ -85,8 +86,8 @@ class Runs:
     def row(self, method: str, scale: float) -> dict[str, Any]:
         """Returns a row of the table; differences are paired with plain guidance of the same scale."""
         pixels = self.images(method, scale)
-        features, distance, influence = self._frechet(pixels)
-        _, plain, other = self._frechet(self.images("CFG", scale))
+        features, distance, influence = frechet_of(pixels, self.extractor, self.reference)
+        _, plain, other = frechet_of(self.images("CFG", scale), self.extractor, self.reference)
         prediction, rgb = predict(pixels / 255), pixels.double() / 255
         classes, colors = prediction.class_logits.argmax(1), prediction.color_logits.argmax(1)
         accuracy = accuracy_of(classes, colors, labels_of_prompts(self.prompts))
@@ -100,12 +101,6 @@ class Runs:
             "clipped": mean_estimate((pixels == 255).any(1).flatten(1).double().mean(1).tolist()).to_dict(),
             "class": accuracy.class_accuracy.to_dict(), "color": accuracy.color_accuracy.to_dict(),
         }  # fmt: skip
-
-    def _frechet(self, pixels: Tensor) -> tuple[Any, float, Any]:
-        found = collect(open_images(pixels), self.extractor, ("features",))
-        frechet = found.frechet(self.reference.reference)
-        features = found.features[:]  # the file of them lives as long as ``found``
-        return features, frechet.distance, frechet.influence(features)
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -4,17 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from diffaccel.files import whole
+from diffaccel.kept import kept_arrays
 
 __all__ = ["kept"]
 
 
 def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Returns the numbers and arrays in an .npz file, which are made and written if there is none."""
-    if not file.exists():
-        with whole(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **make())
-    with np.load(file) as found:
-        return {key: found[key] if found[key].ndim else float(found[key]) for key in found.files}
+    return {key: value if value.ndim else float(value) for key, value in kept_arrays(file, make).items()}

@@ -6,6 +6,7 @@ that of another ``--teacher``, and ``... tables`` the tables in ``docs/``. What 
 """
 
 import argparse
+import functools
 import inspect
 import json
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from frechet import frechet_of
 from kept import kept
 from torch import Tensor
 
@@ -106,9 +108,8 @@ class Runs:
         """Returns a row; differences are paired with the teacher's `REFERENCE` steps."""
         found = self.images(name, model, steps)
         pixels = torch.from_numpy(found["pixels"])
-        features, distance, influence = self._frechet(pixels)
-        other = self.images(REFERENCE[0], self.teacher, REFERENCE[1])["pixels"]
-        _, best, theirs = self._frechet(torch.from_numpy(other))
+        features, distance, influence = frechet_of(pixels, self.extractor, self.reference)
+        best, theirs = self._best
         prediction = predict(pixels / 255)
         right = accuracy_of(
             prediction.class_logits.argmax(1), prediction.color_logits.argmax(1), self.numbers
@@ -125,15 +126,16 @@ class Runs:
             "seconds": self.seconds(name, model, steps), "parameters": self._parameters(model),
         }  # fmt: skip
 
+    @functools.cached_property
+    def _best(self) -> tuple[float, Any]:
+        """The distance of `REFERENCE`, and the influence of its images."""
+        name, steps = REFERENCE
+        pixels = self.images(name, self.teacher, steps)["pixels"]
+        return frechet_of(pixels, self.extractor, self.reference)[1:]
+
     def _parameters(self, model: str) -> int:
         parts = denoisers_of(self.pipe(model)).values()
         return sum(parameter.numel() for part in parts for parameter in part.parameters())
-
-    def _frechet(self, pixels: Tensor) -> tuple[Any, float, Any]:
-        found = collect(open_images(pixels), self.extractor, ("features",))
-        frechet = found.frechet(self.reference.reference)
-        features = found.features[:]  # the file of them lives as long as ``found``
-        return features, frechet.distance, frechet.influence(features)
 
     def _diversity(self, pixels: Tensor) -> list[float]:
         """Returns the mean distance of the features of two images of a label, for each label."""

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from .errors import OptionError
+from .extras import extra_package
 from .search import Engine, Space
 
 __all__ = ["CmaEngine", "VectorSpace", "cma_library"]
@@ -23,11 +23,7 @@ def cma_library() -> Any:
     Raises:
         OptionError: If it is not installed.
     """
-    try:
-        import cma
-    except ImportError:
-        raise OptionError("the search needs the package cma: pip install diffaccel[search]") from None
-    return cma
+    return extra_package("cma", "search", "the search needs")
 
 
 class VectorSpace(Space[G]):

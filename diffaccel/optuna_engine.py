@@ -8,7 +8,7 @@ References:
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from .errors import OptionError
+from .extras import extra_package
 from .search import Engine, Scored, Space
 
 __all__ = ["OptunaEngine", "optuna_library"]
@@ -24,10 +24,7 @@ def optuna_library() -> Any:
     Raises:
         OptionError: If it is not installed.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise OptionError("this engine needs the package optuna: pip install diffaccel[optuna]") from None
+    optuna = extra_package("optuna", "optuna", "this engine needs")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -4,14 +4,14 @@ import copy
 import inspect
 import json
 import pickle
-import sys
 
 import pytest
 import torch
+from commands import call
 from diffusers import DPMSolverMultistepScheduler
 from tiny_pipelines import TINY, fresh, load, run
 
-from diffaccel import Auto, Plan, UnsupportedPipeline, accelerate, cli
+from diffaccel import Auto, Plan, UnsupportedPipeline, accelerate
 from diffaccel.errors import OptionError
 from diffaccel.eval.budget import Judge
 from diffaccel.eval.sampler import Sampler
@@ -184,18 +184,6 @@ def model(tmp_path_factory):
     fresh("dit").save_pretrained(folder)
     (folder / "labels.txt").write_text("0\n1\n2\n")
     return folder, ("tune", folder, "--prompts", folder / "labels.txt", *TUNE)
-
-
-def call(monkeypatch, capfd, *args):
-    """Returns the exit code and what was printed to stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["diffaccel", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capfd.readouterr()
-    return code, out.out, out.err
 
 
 def test_tune_writes_a_plan_that_pipelines_take(monkeypatch, capfd, tmp_path, model):

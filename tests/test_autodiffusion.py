@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from commands import stopped_and_gone_on
 from diffusers import DDIMScheduler, UNet2DModel
 from tiny_pipelines import TINY, fresh, run
 from torch import nn
@@ -247,16 +248,9 @@ def test_search_goes_on_and_stays_within_its_budget(tmp_path):
     assert all(whole.space.cost(entry.candidate) <= 3 + 1e-9 for entry in whole.candidates.scored)
     assert any(any(entry.candidate.dropped) for entry in whole.candidates.scored[12:])
     assert not any(any(entry.candidate.dropped) for entry in whole.candidates.scored[:8])
-    calls = []
-
-    def kill(count):
-        calls.append(count)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        LayerSearch(pipe, 3, ["1", "2"], file=tmp_path / "b.json", **settings).run(kill)
-    again = LayerSearch(pipe, 3, ["1", "2"], file=tmp_path / "b.json", **settings).run()
+    again = stopped_and_gone_on(
+        lambda: LayerSearch(pipe, 3, ["1", "2"], file=tmp_path / "b.json", **settings)
+    )
     assert again == winner and again.facts == winner.facts and not hasattr(pipe, "accel")
     with pytest.raises(OptionError, match="max_drop"):
         LayerSearch(pipe, 3, [], max_drop=1.0)

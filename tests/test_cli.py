@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from commands import call
 
-from diffaccel import cli, zoo
+from diffaccel import zoo
 from diffaccel.cli import bench as benching
 from diffaccel.cli.reading import SCHEDULERS, read_accel, read_steps, set_scheduler
 from diffaccel.cli.writing import OutputError, write_files
@@ -20,18 +21,6 @@ from diffaccel.pipelines import resolve
 from diffaccel.pipelines.accelerator import tag
 
 SD = "tiny-fashion-sd"
-
-
-def call(monkeypatch, capfd, *args):
-    """Returns the exit code and what was printed to stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["diffaccel", *map(str, args)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capfd.readouterr()
-    return code, out.out, out.err
 
 
 def test_list(monkeypatch, capfd):

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import output_of as call
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TINY
 from torch import Tensor
-from typer.testing import CliRunner
 
-from diffaccel.cli import app
 from diffaccel.distill.checkpoint_files import open_checkpoint
 from diffaccel.distill.checkpoint_matrix import CheckpointMatrix
 from diffaccel.distill.combine import COMBINATION, SEARCH, Host, Plan, combine, host_of, host_of_run
@@ -60,13 +59,6 @@ def files(made: Path) -> list[Path]:
 def host(made: Path) -> Host:
     """The tiny pipeline, which has no names of labels."""
     return host_of(str(made / "teacher"), conditions=LABELS)
-
-
-def call(*words: Any) -> str:
-    """Calls the command; its output."""
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_the_folder_is_an_ordinary_pipeline_with_the_combination(made: Path, tmp_path: Path) -> None:

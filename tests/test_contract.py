@@ -33,8 +33,7 @@ STEPS = 12
 FAMILIES = ("sd", "dit", "ddim", "flux_true_cfg", "wan")
 EAGER: dict = {"sada": {"tolerance": 1e9}, "reuse": {}}  # options with which each is sure to skip
 ONE_LENGTH = ("auto", "autodiffusion", "disa", "few-step")  # for some numbers of steps, or pipelines, only
-TWINS = ("solver",)  # the seam of "s3" and nothing else; all of this was run for it once, and it passed
-ACCELERATORS = [name for name in registry() if name not in (*ONE_LENGTH, *TWINS)]
+ACCELERATORS = [name for name in registry() if name not in ONE_LENGTH]
 REFUSED = {("apg", "ddim")}  # a pipeline without guidance
 SETTINGS = [f"{a}-{f}" for a in ACCELERATORS for f in FAMILIES if (a, f) not in REFUSED]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import output_of
 from diffusers import DiffusionPipeline
 from tiny_pipelines import TINY
 from typer.testing import CliRunner
@@ -28,9 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*words: Any) -> str:
     """Calls the command; its output."""
-    result = CliRunner().invoke(app, ["distill", *map(str, words)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return output_of("distill", *words)
 
 
 def settings(made: Path, run: Path) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from commands import stopped_and_gone_on
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from tiny_pipelines import TINY, fresh, run
@@ -245,16 +246,9 @@ def test_search_goes_on_and_stays_within_its_budget(tmp_path):
     winner = whole.run()
     assert len(winner.inherited) == 8 and winner.facts["cost"] <= 5
     assert winner.facts["distance"] <= min(entry.score for entry in whole.candidates.scored) * 1.5
-    calls = []
-
-    def kill(count):
-        calls.append(count)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        InheritanceSearch(pipe, 5, ["1", "2"], file=tmp_path / "b.json", **settings).run(kill)
-    again = InheritanceSearch(pipe, 5, ["1", "2"], file=tmp_path / "b.json", **settings).run()
+    again = stopped_and_gone_on(
+        lambda: InheritanceSearch(pipe, 5, ["1", "2"], file=tmp_path / "b.json", **settings)
+    )
     assert again == winner and again.facts == winner.facts and not hasattr(pipe, "accel")
     with pytest.raises(OptionError, match="no level"):
         InheritanceSearch(pipe, 5, [], level="unit")

@@ -30,6 +30,8 @@ Scheduler = Annotated[
     str | None,
     typer.Option(help="ddim, dpm++, unipc, ..., a class name, or either with (option=value, ...)."),
 ]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")]
+Budget = Annotated[int, typer.Option(min=1, help="Candidates to score.")]
 Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
@@ -89,7 +91,7 @@ def bench_(
     accel: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {AccelHelp}")] = None,
     steps: Steps = 50,
     guidance: Guidance = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
+    prompts: Prompts = None,
     n: Annotated[int, typer.Option(min=1, help="Number of images, without --prompts.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 64,
     seed: Seed = 0,
@@ -241,7 +243,7 @@ def tune_(
     steps: Steps = 50,
     guidance: Guidance = None,
     scheduler: Scheduler = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")] = None,
+    prompts: Prompts = None,
     images: Annotated[int, typer.Option(min=1, help="Images of the test; half as many to search.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Images a call, as they will be used.")] = 8,
     candidates: Annotated[int, typer.Option(min=1, help="Candidates of the search.")] = 40,
@@ -269,9 +271,7 @@ app.add_typer(search, name="search")
 
 
 Nfe = Annotated[list[int] | None, typer.Option(min=2, help="Repeatable: evaluations.")]
-Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")]
 SearchImages = Annotated[int, typer.Option(min=1, help="Images of the objective.")]
-Budget = Annotated[int, typer.Option(min=1, help="Candidates to score.")]
 Objective = Annotated[str, typer.Option(help="distance (to the fine solution), or fd (to a reference).")]
 Reference = Annotated[Path | None, typer.Option(help="Images or statistics, for the objective fd.")]
 Engine = Annotated[str, typer.Option(help="evolution, or optuna (needs the extra).")]
@@ -382,7 +382,7 @@ def combine_(
     metric: Annotated[
         str, typer.Option(help="fd, kid, recall, ..., or MODULE:FUNCTION of images, less being better.")
     ] = "fd",
-    budget: Annotated[int, typer.Option(min=1, help="Candidates to score.")] = 300,
+    budget: Budget = 300,
     method: Annotated[str, typer.Option(help="lcsc (CMA-ES), lcsc-ga, ema, mwa, swad or uniform.")] = "lcsc",
     watch: Annotated[str, typer.Option(help="A second metric, reported; '' for none.")] = "kid",
     images: Annotated[int, typer.Option(min=2, help="Images of an evaluation.")] = 1000,

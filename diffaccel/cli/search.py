@@ -1,5 +1,6 @@
 """``diffaccel search s3 | autodiffusion | inherit``: what makes a model fast, searched."""
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -91,7 +92,8 @@ def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    return _search(settings, out, LayerSearch, {"max_drop": max_drop, "solver": solver}, _write_layers)
+    options = {"max_drop": max_drop, "solver": solver}
+    return _search(settings, out, LayerSearch, options, functools.partial(_write_alone, "autodiffusion"))
 
 
 def search_inheritance(settings: Settings, out: Path, steps: int, level: str) -> list[Inheritance]:
@@ -106,7 +108,8 @@ def search_inheritance(settings: Settings, out: Path, steps: int, level: str) ->
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    return _search(settings, out, InheritanceSearch, {"steps": steps, "level": level}, _write_inheritance)
+    options = {"steps": steps, "level": level}
+    return _search(settings, out, InheritanceSearch, options, functools.partial(_write_alone, "inherit"))
 
 
 def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], write: Any) -> list[Any]:
@@ -170,14 +173,10 @@ def _write_schedules(out: Path, pipe: Any, winner: Schedule, facts: Any, evaluat
     write_files(out, {"scheduler_config.json": config, FILE: json.dumps(schedules, indent=1)})
 
 
-def _write_layers(out: Path, pipe: Any, winner: ThinnedSchedule, facts: Any, evaluations: int) -> None:
+def _write_alone(name: str, out: Path, pipe: Any, winner: Any, facts: Any, evaluations: int) -> None:
+    """Writes a winner to a file of its own, named after its accelerator."""
     text = json.dumps(replace(winner, facts=facts).to_dict(), indent=1)
-    write_files(out, {f"autodiffusion-{evaluations}.json": text})
-
-
-def _write_inheritance(out: Path, pipe: Any, winner: Inheritance, facts: Any, evaluations: int) -> None:
-    text = json.dumps(replace(winner, facts=facts).to_dict(), indent=1)
-    write_files(out, {f"inherit-{evaluations}.json": text})
+    write_files(out, {f"{name}-{evaluations}.json": text})
 
 
 def _known(out: Path) -> list[Schedule]:

@@ -154,11 +154,6 @@ def own_index(scheduler: Any) -> int | None:
     return None
 
 
-def step_names(step: Callable[..., Any]) -> tuple[str, str, str]:
-    """Returns the names of a scheduler's prediction, timestep and sample; others may stand between them."""
-    return next(iter(inspect.signature(step).parameters)), "timestep", "sample"
-
-
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Returns the denoisers of a pipeline by name."""
     found = {name: getattr(pipe, name, None) for name in DENOISERS}
@@ -326,8 +321,8 @@ class Run:
         if not self._started:
             self._restart()
         given = self._bound(gate, args, kwargs)
-        given.update(given.pop("kwargs", {}))
-        names = step_names(gate.original)
+        names = (next(iter(given)), "timestep", "sample")  # of the prediction, which comes first; others may
+        given.update(given.pop("kwargs", {}))  # stand between the two
         output, timestep, sample = (given.pop(name) for name in names)
         self._index = self._locate(timestep)
         if self.step == 0:

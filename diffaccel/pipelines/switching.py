@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import OptionError, closest
+from ..extras import extra_package
 
 __all__ = ["adapters_of", "check_adapter", "insert_adapter", "peft_library", "switch", "tuners_of", "using"]
 
@@ -18,11 +19,7 @@ def peft_library() -> Any:
     Raises:
         OptionError: If it is not installed.
     """
-    try:
-        import peft
-    except ImportError:
-        raise OptionError("adapters need the package peft: pip install diffaccel[distill]") from None
-    return peft
+    return extra_package("peft", "distill", "adapters need")
 
 
 def insert_adapter(network: nn.Module, name: str, settings: Mapping[str, Any]) -> None:

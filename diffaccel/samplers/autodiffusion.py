@@ -221,8 +221,7 @@ class LayerSearch(PipelineSearch[ThinnedSchedule, ThinningSpace]):
 
     def known(self) -> dict[str, ThinnedSchedule]:
         """Returns the solver on the grid that was best in the search."""
-        scored = {entry.candidate: entry.score for entry in self.candidates.scored}
-        return {self.solver: min(self.space.seeds(), key=lambda seed: scored.get(seed, float("inf")))}
+        return {self.solver: self.best_of(self.space.seeds())}
 
     def with_facts(self, winner: ThinnedSchedule, facts: dict[str, Any]) -> ThinnedSchedule:
         """Returns the schedule with the report in its facts, its work among them."""

@@ -1,15 +1,30 @@
 """What a schedule was searched for: the model's path, and the model itself."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ..errors import UnsupportedScheduler
+from ..errors import DiffaccelError, UnsupportedScheduler
 from ..noise import family_name
+from ..pipelines.accelerator import Accelerator
 from ..pipelines.identity import identity_of
 from .unified import UnifiedSolverScheduler
 
-__all__ = ["family_of", "solver_of"]
+__all__ = ["SolverAccelerator", "family_of", "solver_of"]
+
+
+class SolverAccelerator(Accelerator):
+    """Base of accelerators that sample with a `UnifiedSolverScheduler`, which `scheduler` returns."""
+
+    exclusive: ClassVar[str] = "solver"
+
+    def check(self, pipe: Any) -> str | None:
+        """Returns why there is no such scheduler for the pipeline."""
+        try:
+            self.scheduler(pipe)
+        except DiffaccelError as error:
+            return str(error)
+        return None
 
 
 def solver_of(

@@ -15,9 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..errors import DiffaccelError
-from ..pipelines.accelerator import Accelerator, option
-from .family import solver_of
+from ..pipelines.accelerator import option
+from .family import SolverAccelerator, solver_of
 from .grids import karras
 from .paths import TrainingPath
 from .schedule import Schedule, Step
@@ -94,7 +93,7 @@ def recipe_schedule(recipe: Recipe, path: TrainingPath, final_denoise: bool = Fa
 
 
 @dataclass
-class FewStep(Accelerator):
+class FewStep(SolverAccelerator):
     """Samples by a recipe of 4 to 8 evaluations: ``accel="few-step:8"``.
 
     The call's num_inference_steps must be the recipe's. The recipes were found for SD 1.5 and SDXL and are
@@ -111,7 +110,6 @@ class FewStep(Accelerator):
 
     name: ClassVar[str] = "few-step"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {name: {"recipe": name} for name in RECIPES}
-    exclusive: ClassVar[str] = "solver"
     trials: ClassVar[Mapping[str, Sequence[Any]]] = {"recipe": ("8", "6", "5", "4")}
 
     recipe: str = option("8", choices=tuple(RECIPES))
@@ -119,10 +117,8 @@ class FewStep(Accelerator):
 
     def check(self, pipe: Any) -> str | None:
         """Returns why the pipeline's path has no such schedule."""
-        try:
-            self.scheduler(pipe)
-        except DiffaccelError as error:
-            return str(error)
+        if reason := super().check(pipe):
+            return reason
         decoders = (getattr(pipe, name, None) for name in DECODERS)
         if not self.final_denoise and all(decoder is None for decoder in decoders):
             return "it has no decoder to take the last noise away; use few-step with final_denoise=True"

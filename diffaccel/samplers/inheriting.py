@@ -265,9 +265,7 @@ class InheritanceSearch(PipelineSearch[Inheritance, InheritanceSpace]):
 
     def known(self) -> dict[str, Inheritance]:
         """Returns the uniform or centered pattern that was best in the search."""
-        scored = {entry.candidate: entry.score for entry in self.candidates.scored}
-        best = min(self.space.seeds(), key=lambda seed: scored.get(seed, float("inf")))
-        return {"the best pattern of a few numbers": best}
+        return {"the best pattern of a few numbers": self.best_of(self.space.seeds())}
 
     def with_facts(self, winner: Inheritance, facts: dict[str, Any]) -> Inheritance:
         """Returns the pattern with the report in its facts, its work among them."""

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import DiffaccelError
-from ..pipelines.accelerator import Accelerator, option
-from .family import solver_of
+from ..pipelines.accelerator import option
+from .family import SolverAccelerator, solver_of
 from .grids import GRIDS
 from .presets import SOLVERS
 
@@ -14,7 +13,7 @@ __all__ = ["Solver"]
 
 
 @dataclass
-class Solver(Accelerator):
+class Solver(SolverAccelerator):
     """Samples with a known solver on a known grid; num_inference_steps of the call is its evaluations.
 
     For the length of a call, the pipeline has a `UnifiedSolverScheduler` with these settings and the path of
@@ -26,7 +25,6 @@ class Solver(Accelerator):
     """
 
     name: ClassVar[str] = "solver"
-    exclusive: ClassVar[str] = "solver"
     trials: ClassVar[Mapping[str, Sequence[Any]]] = {
         "solver": ("dpm++2m", "unipc2", "deis2", "theta2", "dpm++3m", "unipc3"),
         "grid": ("trailing", "uniform", "karras", "log_snr", "theta"),
@@ -34,14 +32,6 @@ class Solver(Accelerator):
 
     solver: str = option("dpm++2m", choices=tuple(SOLVERS))
     grid: str = option("trailing", choices=tuple(GRIDS))
-
-    def check(self, pipe: Any) -> str | None:
-        """Returns why the pipeline's path is not supported."""
-        try:
-            self.scheduler(pipe)
-        except DiffaccelError as error:
-            return str(error)
-        return None
 
     def scheduler(self, pipe: Any) -> Any:
         """Returns the solver with the settings of the pipeline's scheduler."""

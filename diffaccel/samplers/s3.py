@@ -11,7 +11,6 @@ References:
     | https://arxiv.org/abs/2312.07243
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -127,9 +126,7 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
 
     def known(self) -> dict[str, Schedule]:
         """Returns the known solvers on the grid that was best in the search."""
-        scored = {entry.candidate: entry.score for entry in self.candidates.scored}
-        return {name: min(self.space.known(name), key=lambda schedule: scored.get(schedule, math.inf))
-                for name in CLASSIC}  # fmt: skip
+        return {name: self.best_of(self.space.known(name)) for name in CLASSIC}
 
     def with_facts(self, winner: Schedule, facts: dict[str, Any]) -> Schedule:
         """Returns the schedule with the report in its facts."""

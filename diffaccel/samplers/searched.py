@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import DiffaccelError, UnsupportedPipeline
-from ..pipelines.accelerator import Accelerator, option
-from .family import family_of, solver_of
+from ..errors import UnsupportedPipeline
+from ..pipelines.accelerator import option
+from .family import SolverAccelerator, family_of, solver_of
 from .schedule import Schedule, ScheduleError, load_schedules
 
 __all__ = ["S3", "fitting", "shipped"]
@@ -56,7 +56,7 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
 
 
 @dataclass
-class S3(Accelerator):
+class S3(SolverAccelerator):
     """Samples with a searched schedule; num_inference_steps of the call is its number of evaluations.
 
     For the length of a call, the pipeline has a `UnifiedSolverScheduler` with the schedules that fit its
@@ -71,20 +71,10 @@ class S3(Accelerator):
     """
 
     name: ClassVar[str] = "s3"
-    exclusive: ClassVar[str] = "solver"
-
     shorthand: ClassVar[str] = "file"
     trials: ClassVar[Mapping[str, Sequence[Any]]] = {"file": ("",)}
 
     file: str = option("")
-
-    def check(self, pipe: Any) -> str | None:
-        """Returns why no schedule fits the pipeline."""
-        try:
-            self.scheduler(pipe)
-        except DiffaccelError as error:
-            return str(error)
-        return None
 
     def step_counts(self, pipe: Any) -> Sequence[int]:
         """Returns the numbers of evaluations that there is a schedule for."""

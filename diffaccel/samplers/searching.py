@@ -4,6 +4,7 @@ All candidates see the same conditions and noise; the best are scored again on o
 reported on a third set. A search can be stopped and goes on from its file.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,11 @@ class PipelineSearch(ABC, Generic[G, S]):
     @abstractmethod
     def known(self) -> dict[str, G]:
         """Returns the candidates that the report compares the winner with."""
+
+    def best_of(self, known: Sequence[G]) -> G:
+        """Returns the one of some candidates that was best in the search; the first if none was scored."""
+        scored = {entry.candidate: entry.score for entry in self.candidates.scored}
+        return min(known, key=lambda candidate: scored.get(candidate, math.inf))
 
     @abstractmethod
     def with_facts(self, winner: G, facts: dict[str, Any]) -> G:

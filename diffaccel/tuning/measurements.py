@@ -16,6 +16,7 @@ from ..eval.cost import count_flops, timed
 from ..eval.provenance import settings_digest
 from ..eval.sampler import Sampler, device_of
 from ..files import whole
+from ..kept import kept_arrays
 from ..pipelines import accelerate
 from ..pipelines.accelerator import Accelerator, Proceed
 from ..pipelines.run import Evaluation
@@ -158,12 +159,7 @@ class Measurements:
 
     def _kept(self, name: str, numbers: range, make: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
         """Returns what is kept under a name, made now if it is not."""
-        file = self.folder / f"{name}-{numbers.start}-{numbers.stop}.npz"
-        if not file.exists():
-            with whole(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **make())
-        with np.load(file) as found:
-            return {key: found[key] for key in found.files}
+        return kept_arrays(self.folder / f"{name}-{numbers.start}-{numbers.stop}.npz", make)
 
     def seconds(self, candidate: Candidate | None, count: int) -> float:
         """Returns the wall-clock seconds of the first images, now; by the plain run without a candidate.

@@ -9,6 +9,7 @@ from torch import nn
 from tiny.text import WORDS, bpe, bytes_alphabet
 
 __all__ = [
+    "VISION",
     "bert",
     "byte_tokenizer",
     "clip_vision",
@@ -42,6 +43,11 @@ TEXT = {
 }  # fmt: skip
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 32, "patch_size": 8}  # fmt: skip
+"""A picture encoder for 32 x 32 pictures in 4 x 4 patches."""
+
+
 def byte_tokenizer(length: int = 512) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE that knows ``WORDS``, with a template for chats."""
     parts = bpe(bytes_alphabet(), [list("Ġ" + word) for word in WORDS.split()], SPECIAL)
@@ -64,9 +70,7 @@ def decoder(name: str, model: str = "Model", **options: Any) -> nn.Module:
 
 def clip_vision(model: str = "CLIPVisionModelWithProjection", **options: Any) -> nn.Module:
     """A CLIP picture encoder for 32 x 32 pictures in 4 x 4 patches."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
-    config = transformers.CLIPVisionConfig(**{**small, **options})
+    config = transformers.CLIPVisionConfig(**{**VISION, "projection_dim": 32, **options})
     return getattr(transformers, model)(config)
 
 
@@ -133,12 +137,4 @@ def qwen_processor(name: str) -> Any:
 
 def siglip_vision() -> nn.Module:
     """The picture encoder of FramePack and HunyuanVideo 1.5."""
-    config = transformers.SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    return transformers.SiglipVisionModel(config)
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION))

@@ -4,7 +4,7 @@ from typing import Any
 
 import diffusers
 
-from tiny.encoders import byte_tokenizer, clip_vision, multilingual_clip
+from tiny.encoders import VISION, byte_tokenizer, clip_vision, multilingual_clip
 from tiny.networks import make
 from tiny.recipe import OMIT, Recipe, mask, normal, picture, pictures, scheduler
 from tiny.text import clap, clip_text, clip_tokenizer
@@ -301,12 +301,4 @@ def example_encoder() -> Any:
     import transformers
     from diffusers.pipelines.deprecated.paint_by_example.image_encoder import PaintByExampleImageEncoder
 
-    config = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    return PaintByExampleImageEncoder(config, proj_size=32)
+    return PaintByExampleImageEncoder(transformers.CLIPVisionConfig(**VISION), proj_size=32)
