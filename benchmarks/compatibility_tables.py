@@ -52,9 +52,10 @@ with random weights: {len(built)} could be built and run here, and {served} of t
 accelerator. Networks that have learned nothing tell nothing about quality or speed: this is about what runs.
 
 Every call has {steps} steps. A cell says how many evaluations of the denoiser ran, of those that the
-pipeline asked for. `sada` was given a tolerance that lets it skip whatever it may; `s3` and `autodiffusion`
-were given a known solver as their schedule. A number in brackets is a refusal, with the reason below; "="
-is an output that is the plain one, since nothing was there to change, such as guidance that is off.
+pipeline asked for. `sada` was given a tolerance that lets it skip whatever it may, `s3` and `autodiffusion`
+a known solver as their schedule, and `inherit`, which skips parts of evaluations, all blocks of a network
+that is no UNet. A number in brackets is a refusal, with the reason below; "=" is an output that is the plain
+one, since nothing was there to change, such as guidance that is off.
 
 Of {len(ran)} pairs of a pipeline and an accelerator {states["runs"]} run, {states["refused"]} are refused,
 {states["idle"]} do nothing, {states["crashed"]} fail. When all accelerators had been on and off again, a

@@ -261,7 +261,10 @@ def trial_of(scheduler: Any) -> Any:
     trial = copy.deepcopy(scheduler)
     if _known(trial, _FAMILIES):
         steps = min(getattr(trial, "grids", (10,)))  # FixedGridScheduler has no others
-        trial.set_timesteps(steps, **({"mu": 1.0} if _setting(trial, "use_dynamic_shifting") else {}))
+        options: dict[str, Any] = {"mu": 1.0} if _setting(trial, "use_dynamic_shifting") else {}
+        if "intermediate_timesteps" in inspect.signature(trial.set_timesteps).parameters:
+            options["intermediate_timesteps"] = None  # SCM's default is for two steps only
+        trial.set_timesteps(steps, **options)
     return trial
 
 

@@ -10,7 +10,9 @@ import diffusers
 import pytest
 import torch
 from tiny.catalog import RECIPES, NotBuilt, arguments, build, pipelines
+from torch.utils import _pytree as pytree
 
+from diffaccel.pipelines.layers import residual_layers, skip_path
 from diffaccel.pipelines.loops import _REFUSED
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +46,22 @@ def test_the_catalog_builds():
     with pytest.raises(NotBuilt, match="no denoising loop"):
         build(diffusers.FluxPriorReduxPipeline)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["BriaPipeline", "ZImagePipeline"])
+def test_blocks_that_diffusers_describes_wrongly(name):
+    """What stands in the place of a block's output must be where the output is."""
+    pipe, seen = build(CLASSES[name]), []
+
+    def compare(block, args, kwargs, output):
+        made = skip_path(block, args, kwargs)
+        seen.append([leaf.shape for leaf in pytree.tree_leaves(made)])
+        assert seen[-1] == [leaf.shape for leaf in pytree.tree_leaves(output)]
+
+    for block in residual_layers(pipe.transformer).values():
+        block.register_forward_hook(compare, with_kwargs=True)
+    pipe(num_inference_steps=1, generator=torch.Generator().manual_seed(0), **arguments(CLASSES[name]))
+    assert seen
 
 
 def test_refused_classes_exist():

@@ -9,6 +9,7 @@ from tiny.recipe import scheduler
 from tiny_pipelines import TINY, fresh, run
 
 from diffaccel import Accelerator, UnsupportedPipeline, accelerate
+from diffaccel.noise import probe
 
 CASE = TINY["sd"]
 
@@ -100,6 +101,10 @@ def test_unknown_schedulers_are_not_taken_for_known_ones():
         pipe.scheduler = getattr(diffusers, name)(**({"mask_token_id": 3} if "Amused" in name else {}))
         with pytest.raises(UnsupportedPipeline, match=f"few-step .*{name}"):
             pipe.to(accel="few-step")
+
+
+def test_schedulers_with_defaults_for_two_steps_can_be_probed():
+    assert len(probe(diffusers.SCMScheduler())) == 10
 
 
 def test_pipelines_that_call_others_keep_their_schedulers():

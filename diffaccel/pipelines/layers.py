@@ -12,12 +12,18 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
+from diffusers.models.transformers.transformer_bria import BriaTransformerBlock
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
 
 __all__ = ["SKIP_PATH", "is_transformer_block", "residual_layers", "skip_path"]
 
-_MORE = {SanaTransformerBlock: TransformerBlockMetadata(0, None)}
-"""What diffusers' own list lacks."""
+_CORRECTED = {
+    BriaTransformerBlock: TransformerBlockMetadata(1, 0),
+    SanaTransformerBlock: TransformerBlockMetadata(0, None),
+    ZImageTransformerBlock: TransformerBlockMetadata(0, None, hidden_states_argument_name="x"),
+}
+"""What diffusers' own list lacks, or has wrong: the places of image and text in the output, their names."""
 
 SKIP_PATH = ("upsample", "downsample", "conv_shortcut")
 """The parts of a U-Net's residual block that work on its input."""
@@ -83,7 +89,7 @@ def _resnet_skip(block: ResnetBlock2D, x: Tensor) -> Tensor:
 def _packing(module: nn.Module) -> Any:
     """Returns what diffusers knows of a transformer block's arguments and outputs, or None."""
     TransformerBlockRegistry._register()
-    return TransformerBlockRegistry._registry.get(type(module), _MORE.get(type(module)))
+    return _CORRECTED.get(type(module), TransformerBlockRegistry._registry.get(type(module)))
 
 
 def _packed(packing: Any, given: Mapping[str, Any]) -> Any:

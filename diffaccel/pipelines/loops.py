@@ -25,6 +25,7 @@ _REFUSED: dict[str, dict[str, str]] = {
     "StableDiffusionParadigms": {"": "it solves many steps at once, and not by scheduler.step"},
     "StableDiffusionPix2PixZero": {"skip": _GRADIENTS},
     "StableDiffusionSAG": {"skip": "it reads the attention maps of each evaluation",
+                           "blocks": "it reads the attention maps of each evaluation",
                            "solver": "it takes schedulers of some classes only"},
     "TextToVideoZero": {"skip": _LOOPS, "solver": _LOOPS},
 }  # fmt: skip

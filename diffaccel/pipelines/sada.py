@@ -97,6 +97,12 @@ class Sada(Accelerator):
             return f"{type(pipe.scheduler).__name__} starts without noise, where the criterion is undefined"
         return None
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the options allow no skip at all, so that nothing has to be watched."""
+        hopeless = self.criterion == "error" and self.tolerance == 0
+        return hopeless or self.max_skips == 0 or self.skip_from == 1
+
     def start_rule(self, run: Run) -> Rule:
         """Returns the rule with the state of a new loop."""
         if self.criterion == "error":
@@ -126,6 +132,8 @@ class Sada(Accelerator):
 
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
         """Runs a network for the samples that do not skip, and fills in its last output for the rest."""
+        if self.is_off:
+            return proceed(call)
         key, batch = (call.network, call.branch), len(self.skip)
         denoiser = call.network not in AUXILIARY
         known, previous = self.last.get(key, (0, None))
@@ -156,6 +164,8 @@ class Sada(Accelerator):
         Raises:
             UnsupportedPipeline: If the number of samples changes, or is not that of the outputs.
         """
+        if self.is_off:
+            return proceed(call)
         self._check_batch(call)
         batch, level = len(call.sample), call.run.path[call.index]
         ran = self.ran if self.ran is not None and len(self.ran) == batch else np.ones(batch, bool)
