@@ -105,7 +105,7 @@ class Bench:
         with whole(self.arguments.record) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    def window(self, window: str, files: list[Path]) -> None:
+    def window(self, window: str, files: list[Path], budgets: list[int]) -> None:
         """Adds the rows of some checkpoints."""
         matrix = CheckpointMatrix([open_checkpoint(file) for file in files], device=self.device)
         targets, count = matrix.targets(self.host.network), matrix.count
@@ -132,7 +132,7 @@ class Bench:
             rows = averages.swad(metrics)[None]
             self.add(window, "SWAD", deployment, rows, evaluations=count, checkpoints=count)
         for method in self.arguments.methods:
-            for budget in self.arguments.budgets:
+            for budget in budgets:
                 more = self.winner(window, method, budget, searched)
                 rows = more.pop("coefficients")
                 name = f"{method.upper()} {budget}"
@@ -163,8 +163,10 @@ def measure(arguments: argparse.Namespace) -> None:
     images, files = bench.run.trainer.images, expand([arguments.run])
     done = {file: int(file.stem.partition("-")[2]) for file in files}
     start = max((0, *bench.run.method.boundaries))  # of the last phase, whose checkpoints are of one kind
-    for window, stop in (("full", images), ("half", images / 2)):
-        bench.window(window, [file for file in files if start < done[file] <= stop][-arguments.last :])
+    for window, stop, budgets in (("full", images, arguments.budgets),
+                                  ("half", images / 2, arguments.half_budgets)):  # fmt: skip
+        chosen = [file for file in files if start < done[file] <= stop][-arguments.last :]
+        bench.window(window, chosen, budgets)
         if window == "full":
             bench.students()
 
@@ -198,6 +200,7 @@ def main() -> None:
     parser.add_argument("run", nargs="?", type=Path, help="the folder of the run")
     parser.add_argument("--images", type=int, default=1000, help="of an evaluation; 5 times as many held out")
     parser.add_argument("--budgets", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--half-budgets", type=int, nargs="+", default=[300], help="of half the training")
     parser.add_argument("--methods", nargs="+", default=["lcsc", "lcsc-ga"])
     parser.add_argument("--rates", type=int, default=60, help="of moving averages")
     parser.add_argument("--last", type=int, default=40, help="checkpoints of a window")

@@ -3,29 +3,35 @@
 ``python benchmarks/few_evaluations.py tiny-fashion-sd --nfe 5 6`` writes ``s3-tiny-fashion-sd.json`` here:
 the distance of the images to the fine solution, and the Fréchet distance to the zoo's reference images with
 the paired difference to S3. It goes on where it was stopped: what is measured is kept in ``--work``.
+With ``--dtype bfloat16`` the denoiser runs under autocast; the distances are those of the first
+``--distances`` images.  ``... MODEL tables`` writes ``docs/few-evaluations-table.md`` from the records of
+all models.
 """
 
 import argparse
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from kept import kept
 
 from diffaccel import accelerate, zoo
 from diffaccel.cli.reading import set_scheduler
-from diffaccel.cli.tables import shown
+from diffaccel.cli.tables import Lines, markdown, shown
 from diffaccel.errors import DiffaccelError
 from diffaccel.eval import Extractor, Sampler, Statistics, collect, open_images, protocol
 from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
+from diffaccel.pipelines.run import denoisers_of
 from diffaccel.samplers import Schedule, solver_schedule
 from diffaccel.samplers.family import solver_of
 from diffaccel.samplers.gits import gits_grids
@@ -34,6 +40,7 @@ from diffaccel.samplers.searched import fitting
 from diffaccel.zoo.folders import quiet
 
 FOLDER = Path(__file__).parent
+DOCS = FOLDER.parent / "docs"
 SEED = 900_000_000  # far from the seeds of the search
 SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
     ("DDIM", {"timestep_spacing": "trailing"}),
@@ -54,19 +61,23 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 class Runs:
     """Images of one model by several schedulers, and their scores."""
 
-    def __init__(self, model: str, guidance: float, count: int, batch: int, work: Path, device: str) -> None:
-        self.model, self.batch, self.count = model, batch, count
-        self.work = work / f"{model}-{count}-{guidance}"
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model, self.batch, self.device = arguments.model, arguments.batch, arguments.device
+        count, guidance, dtype = arguments.n, arguments.guidance, arguments.dtype
+        self.work = arguments.work / f"{self.model}-{count}-{guidance}-{dtype}"
         with quiet([]):
-            self.pipe: Any = zoo.load(model).to(device)
+            self.pipe: Any = zoo.load(self.model).to(self.device)
+        if dtype != "float32":
+            autocast(denoisers_of(self.pipe).values(), self.device, getattr(torch, dtype))
         self.pipe.set_progress_bar_config(disable=True)
         self.plain = self.pipe.scheduler
-        conditions = default_conditions(model, self.pipe, count)
+        conditions = default_conditions(self.model, self.pipe, count)
         self.sampler = Sampler(self.pipe, conditions, 10, guidance, SEED, count)
-        self.extractor = Extractor(protocol("fashion"), device)
+        self.extractor = Extractor(protocol("fashion"), self.device)
         images, _ = zoo.reference()
         self.reference = self.statistics(images).reference
-        self.fine = torch.from_numpy(self._kept("fine", self._fine)["images"])
+        self.distances = min(arguments.distances, count)
+        self.fine = torch.from_numpy(self._kept(f"fine-{self.distances}", self._fine)["images"])
 
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns what was measured under a name, measured now if it was not."""
@@ -74,12 +85,12 @@ class Runs:
 
     def _fine(self) -> dict[str, Any]:
         """Returns the images of the fine solution."""
-        return {"images": self._solved(fine_schedule(self.pipe, 100), 100).numpy()}
+        return {"images": self._solved(fine_schedule(self.pipe, 100), 100, self.distances).numpy()}
 
-    def _solved(self, schedule: Schedule, steps: int) -> torch.Tensor:
+    def _solved(self, schedule: Schedule, steps: int, stop: int | None = None) -> torch.Tensor:
         self.pipe.scheduler = solver_of(self.plain, schedules=[schedule.to_dict()])
         try:
-            return self.sampler(steps, self.batch)
+            return self.sampler(steps, self.batch, stop=stop)
         finally:
             self.pipe.scheduler = self.plain
 
@@ -89,7 +100,7 @@ class Runs:
 
     def score(self, images: torch.Tensor) -> dict[str, Any]:
         """Returns the distance to the fine solution, and what the Fréchet distance needs."""
-        square = (images - self.fine).double().square().flatten(1).mean(1)
+        square = (images[: self.distances] - self.fine).double().square().flatten(1).mean(1)
         found = self.statistics(images.clamp(0, 1))
         influence = found.frechet(self.reference).influence(found.features)
         return {"rms": float(square.mean().sqrt()), "fd": found.frechet(self.reference).distance,
@@ -141,6 +152,12 @@ class Runs:
         return self._kept(f"{label_of(name, options)}-{steps}", make)
 
 
+def autocast(networks: Iterable[torch.nn.Module], device: str, dtype: torch.dtype) -> None:
+    """Lets networks run under autocast; what they return is float32, so that solvers work in it."""
+    for network in networks:
+        network.forward = convert_outputs_to_fp32(torch.autocast(device, dtype)(network.forward))
+
+
 def compare(runs: Runs, steps: int, file: str) -> list[dict[str, Any]]:
     """Returns the rows of one number of evaluations, S3 first."""
     ours = runs.s3(steps, file)
@@ -174,30 +191,78 @@ def row_of(label: str, steps: int, found: dict[str, Any], ours: dict[str, Any]) 
     return row
 
 
+def tables() -> None:
+    """Writes ``docs/few-evaluations-table.md`` from the records."""
+    texts = []
+    for file in sorted(FOLDER.glob("s3-*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        texts.append(
+            f"## `{record['model']}`, guidance {record['guidance']:g}\n\n"
+            f"{record['n']} images, protocol `{record['protocol']}`, reference images of the zoo; distances "
+            f"of {record['distances']} of them to the fine solution, 100 steps of UniPC 3; denoiser in "
+            f"{record['dtype']}, {record['machine']['device']}. Noise that no search has seen.\n"
+        )
+        texts += [_table(steps, rows) for steps, rows in _by_evaluations(record["rows"]).items()]
+    (DOCS / "few-evaluations-table.md").write_text("\n".join(texts), encoding="utf-8")
+
+
+def _by_evaluations(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["evaluations"], []).append(row)
+    return found
+
+
+def _table(steps: int, rows: list[dict[str, Any]]) -> str:
+    """Returns the table of one number of evaluations, the nearest to the fine solution first."""
+    ours, known = rows[0], [row for row in rows if row["label"].split(",")[0] in dict(SCHEDULERS)]
+    known = [row for row in known if math.isfinite(row["rms"])]
+    broken = [row["label"] for row in rows if not math.isfinite(row["rms"])]
+    best = min(known, key=lambda row: row["rms"])
+    head = [f"{steps} evaluations", "RMS to the fine solution", "FD", "FD - S3's, paired"]
+    cells = [[row["label"], f"{row['rms']:.4f}", shown(row["fd"]), shown(row["fd_minus_s3"], True)]
+             for row in sorted(rows, key=lambda row: row["rms"]) if math.isfinite(row["rms"])]  # fmt: skip
+    part = 100 * ours["rms"] / best["rms"]
+    text = f"S3's distance is {part:.0f} % of that of the best of diffusers' schedulers, {best['label']}."
+    if broken:
+        text += f" Not finite: {', '.join(broken)}."
+    return f"{markdown(Lines('few', head, [('plain', line) for line in cells], ()))}\n{text}\n"
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measures and writes the record, number by number."""
+    runs = Runs(arguments)
+    rows: list[dict[str, Any]] = []
+    for steps in arguments.nfe:
+        rows += compare(runs, steps, arguments.file)
+        record = {
+            "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
+            "dtype": arguments.dtype, "distances": runs.distances, "rows": rows, "protocol": "fashion",
+            "machine": machine(torch.device(arguments.device)), "versions": versions(),
+        }  # fmt: skip
+        with whole(FOLDER / f"s3-{arguments.model}.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Measures and writes."""
+    """Measures, or writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=zoo.names())
+    parser.add_argument("what", nargs="?", choices=("measure", "tables"), default="measure")
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 6])
     parser.add_argument("--n", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--distances", type=int, default=256, help="images whose distance is measured")
     parser.add_argument("--work", type=Path, default=Path("out/few"), help="what is measured")
     arguments = parser.parse_args()
-    runs = Runs(arguments.model, arguments.guidance, arguments.n, arguments.batch, arguments.work,
-                arguments.device)  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for steps in arguments.nfe:
-        rows += compare(runs, steps, arguments.file)
-        record = {
-            "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
-            "rows": rows, "protocol": "fashion", "machine": machine(torch.device(arguments.device)),
-            "versions": versions(),
-        }  # fmt: skip
-        with whole(FOLDER / f"s3-{arguments.model}.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if arguments.what == "tables":
+        tables()
+    else:
+        measure(arguments)
 
 
 if __name__ == "__main__":

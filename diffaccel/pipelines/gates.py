@@ -7,6 +7,7 @@ share a component share its gate.
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -41,6 +42,11 @@ class Gate:
         self.original = getattr(owner, attribute)
         self.replaced = owner.__dict__.get(attribute)
         functools.update_wrapper(self, self.original)
+
+    @functools.cached_property
+    def signature(self) -> inspect.Signature:
+        """The signature of the method, worked out once: it would be a good part of an update's overhead."""
+        return inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hands the call to the run of this thread, if it has opened the gate."""

@@ -284,7 +284,7 @@ class Run:
     def _bound(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a scheduler's method by name; some are only for the pipeline's own."""
         try:
-            return inspect.signature(gate.original).bind(*args, **kwargs).arguments
+            return gate.signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             if self.replaced is None:
                 raise

@@ -99,6 +99,8 @@ class ErrorRule:
                 growth = np.maximum(growth, following)  # a repeated level is not a free one
             with np.errstate(invalid="ignore"):
                 allowed &= errors * growth * _influence(path, index, stages) < self.tolerance
+            if not allowed.any():
+                break
             count += allowed
         self.todo = np.where(ran, count, self.todo)
         return self.todo > 0
