@@ -25,11 +25,13 @@ LAYERS = 32
 
 
 def write(folder: Path, count: int, size: int) -> list[Path]:
-    """Writes checkpoints of ``size`` float32 weights in layers, one at a time."""
+    """Writes checkpoints of ``size`` float32 weights in layers, one at a time, or finds them."""
     folder.mkdir(parents=True, exist_ok=True)
     source, paths = torch.Generator().manual_seed(0), []
     for place in range(count):
         paths.append(folder / f"student-{place:03d}.safetensors")
+        if paths[-1].exists() and paths[-1].stat().st_size > 4 * size:
+            continue  # of a run that was stopped
         state = {f"layers.{n}": torch.randn(size // LAYERS, generator=source) for n in range(LAYERS)}
         save_file(state, paths[-1])
     return paths
