@@ -152,7 +152,7 @@ def test_front():
 
 def test_finalists_go_from_safe_to_rewarding():
     assert [t.candidate.steps for t in finalists(TRIALS, Budget("rms", 0.1))] == [6, 5, 4]
-    assert [t.candidate.steps for t in finalists(TRIALS, Budget("rms", 1.0))] == [2]
+    assert [t.candidate.steps for t in finalists(TRIALS, Budget("rms", 1.0))] == [4, 2]
     assert finalists(TRIALS, Budget("rms", 0.01)) == []
     assert [t.candidate.steps for t in finalists(TRIALS, Budget("speedup", 1.9))] == [4, 5]
     assert [t.candidate.steps for t in finalists(TRIALS, Budget("speedup", 8.0))] == [2]

@@ -24,7 +24,7 @@ from .measurements import Measured, Measurements
 
 __all__ = ["Choice", "Claim", "check_claim", "choose", "finalists", "low_median"]
 
-LOSSES = (0.5, 0.75, 1.05, 1.5)
+LOSSES = (0.15, 0.3, 0.5, 0.75, 1.05, 1.5)
 """The expected losses of finalists for a limit of quality, in parts of it."""
 SPEEDS = (1.6, 1.35, 1.15, 1.02)
 """The expected speed-ups of finalists for a limit of speed, in parts of it."""
