@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test fast lint tables clean
+.PHONY: demo test fast lint tables docs clean
 
 demo: $(STAMP)
 	$(BIN)/diffaccel demo --out out/demo
@@ -20,12 +20,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(STAMP)  # docs/zoo.md, docs/compatibility.md and docs/*-table.md from benchmarks/*.json
+tables: $(STAMP)  # docs/zoo.md, compatibility.md, *-table.md and overview.png from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
 	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
 	$(BIN)/python benchmarks/students.py tables
 	$(BIN)/python benchmarks/compatibility.py tables
+	$(BIN)/python benchmarks/overview.py
+
+docs: $(STAMP)  # the site, with the API reference: out/site/index.html
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -26,7 +26,7 @@ __all__ = ["Denoiser", "Prediction", "guided_velocity"]
 class Prediction(NamedTuple):
     """What a network says of a sample.
 
-    Arguments:
+    Attributes:
         x0: The predicted clean sample, with shape (B, *).
         eps: The predicted noise of unit variance, with shape (B, *).
     """

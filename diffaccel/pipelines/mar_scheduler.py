@@ -153,7 +153,7 @@ class MARScheduler(SchedulerMixin, ConfigMixin):
     ) -> MARSchedulerOutput | tuple[Tensor, ...]:  # fmt: skip
         r"""Draws the tokens of one autoregressive step.
 
-        The guidance of a step is :math:`1 + (g - 1) (N - m') / N` with the m' tokens that it leaves unknown
+        The guidance of a step is ``1 + (g - 1) (N - m') / N`` with the m' tokens that it leaves unknown
         (the official "linear" schedule), or g.
 
         Arguments:

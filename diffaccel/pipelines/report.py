@@ -13,7 +13,7 @@ __all__ = ["Action", "Count", "Report", "Stopwatch"]
 class Action(NamedTuple):
     """One intervention of an accelerator.
 
-    Arguments:
+    Attributes:
         step: The solver update, counted from 0 in its sampling loop.
         branch: The call of this network within the step (0, or 1 for a second guidance branch).
         network: The component's name.
