@@ -26,7 +26,7 @@ COLUMNS = 10
 SHOWN = {"plain, 50 steps": (None, 50), "sada": ("sada", 50), "s3@5": ("s3", 5), "plain, 5 steps": (None, 5)}
 """The rows of samples: accelerators, and the steps of the call."""
 STUDENTS = {"2rf": "2-RF++", "slimflow": "SlimFlow", "dmd2": "DMD2", "phased-dmd": "Phased DMD"}
-PLACES = {"2rf": (3, -13), "dmd2": (5, 4), "teacher": (-90, 8)}
+PLACES = {"2rf": (3, -13), "dmd2": (5, 4), "teacher": (-88, 30)}
 """Where the labels of students are, beside their last point, in points."""
 ORANGE, GREY = "#d2491a", "#888888"
 
