@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tiny_pipelines import TINY, run
 from toy_mixture import START, drive, exact, rms, solver
 
-from diffaccel import cli
+from diffaccel import cli, zoo
 from diffaccel.errors import DiffaccelError, OptionError, UnsupportedPipeline
 from diffaccel.optuna_engine import OptunaEngine
 from diffaccel.samplers import Schedule, ScheduleError, UnifiedSolverScheduler, load_schedules
@@ -289,7 +289,6 @@ def test_command(folder):
 
 
 def test_accelerator(folder):
-    from diffaccel import zoo
 
     pipe = zoo.load("tiny-fashion-dit")
     pipe.set_progress_bar_config(disable=True)
@@ -332,6 +331,11 @@ def test_accelerator_refuses(folder, tmp_path):
     assert pipe.scheduler is own and not hasattr(pipe, "accel")
     with pytest.raises(DiffaccelError, match="both of the kind"):
         pipe.to(accel=[f"s3:{tmp_path}", "few-step:8"])
+
+
+def test_students_are_not_given_the_schedules_of_their_teacher():
+    with pytest.raises(UnsupportedPipeline, match="is a student, trained for 1, 2, 4 steps"):
+        zoo.load("tiny-fashion-dit-2rf").to(accel="s3")
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sana"])

@@ -32,8 +32,14 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
 
     Raises:
         ScheduleError: If the file cannot be read, or none of its schedules is for the model's path.
-        UnsupportedPipeline: If no shipped schedule is for the model.
+        UnsupportedPipeline: If no shipped schedule is for the model, as none is for a distilled one.
     """
+    trained = getattr(pipe.scheduler, "config", {}).get("_trained_steps")
+    if trained and not file:
+        raise UnsupportedPipeline(
+            f"this {type(pipe).__name__} is a student, trained for {', '.join(map(str, trained))} steps of its "
+            "own; the schedules that ship are for the teachers of such"
+        )
     family = family_of(pipe)
     known = load_schedules(Path(file).expanduser()) if file else list(shipped())
     keys = ("path",) if file else ("denoiser", "config", "path")
