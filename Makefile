@@ -20,12 +20,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(STAMP)  # docs/zoo.md, docs/compatibility.md and docs/*-table.md from benchmarks/*.json
+tables: $(STAMP)  # docs/zoo.md, docs/compatibility.md, docs/benchmarks.md and docs/*-table.md from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
 	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
 	$(BIN)/python benchmarks/students.py tables
 	$(BIN)/python benchmarks/compatibility.py tables
+	$(BIN)/python benchmarks/peers.py tables
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
