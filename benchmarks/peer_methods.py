@@ -86,14 +86,18 @@ class Subject:
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
         """Takes what a peer leaves on the denoiser off again when the block ends."""
-        own, parts = dict(self.model.__dict__), set(self.model._modules)
+        blocks = [(part, dict(part.__dict__)) for part in self.model.modules()]
+        modules = dict(self.model._modules)
         try:
             yield
         finally:
-            for name in set(self.model._modules) - parts:
-                delattr(self.model, name)
-            for name in set(self.model.__dict__) - set(own):
-                delattr(self.model, name)
+            self.model._modules.clear()
+            self.model._modules.update(
+                modules
+            )  # in their order, too: other peers take the first for the first
+            for part, own in blocks:
+                for name in set(part.__dict__) - set(own):
+                    delattr(part, name)
 
 
 @contextmanager
@@ -103,6 +107,7 @@ def _hooked(subject: Subject, apply: Callable[[Any, Any], None], config: Any, he
     with ExitStack() as undo:
         undo.callback(_unhook, model)
         apply(model, config)
+        HookRegistry.check_if_exists_or_initialize(model).invalidate_child_registries_cache()
         if not any(part._diffusers_hook.hooks for part in _registered(model)):
             raise NothingToDo("no module is hooked")
         if helped and not isinstance(model, CacheMixin):  # its pipeline sets no context then
