@@ -31,6 +31,9 @@ Options = Mapping[str, Any]
 ALWAYS = (-1, 1001)
 """A range of timesteps that holds all of them."""
 
+NOT_FIRST = (-1, 950)
+"""One that leaves out the first of a call, at which FasterCache has nothing to take the place of attention."""
+
 INNER = {
     "transformer": [r".*transformer_blocks\.\d+\.(attn\d?|ff)"],
     "unet": [r".*transformer_blocks\.\d+\.(attn\d?|ff)", r".*resnets\.\d+"],
@@ -198,7 +201,7 @@ def pyramid(subject: Subject, steps: int, helped: bool, spatial: int, cross: int
 def faster_cache(subject: Subject, steps: int, helped: bool, attention: int = 2, unguided: int = 5,
                  wide: bool = False) -> Iterator[None]:  # fmt: skip
     """FasterCache of diffusers: attention, and the unconditional half where guidance has one."""
-    ranges = {name: ALWAYS for name in ("spatial_attention_timestep_skip_range",
+    ranges = {name: NOT_FIRST for name in ("spatial_attention_timestep_skip_range",
                                         "unconditional_batch_timestep_skip_range")}  # fmt: skip
     with ExitStack() as undo:
         config = caches.FasterCacheConfig(
@@ -262,10 +265,11 @@ def cache_dit(subject: Subject, steps: int, helped: bool, order: int = 0, **opti
     import cache_dit as library
 
     settings = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": max(2, steps // 12)}
-    taylor = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    both = not (helped and type(subject.model).__name__.startswith("SD3"))  # its last block returns no text
+    taylor = library.TaylorSeerCalibratorConfig(taylorseer_order=order, enable_encoder_calibrator=both)
     config = library.DBCacheConfig(**{**settings, **options})
     with subject.as_it_was():
-        library.enable_cache(subject.pipe, cache_config=config, calibrator_config=taylor)
+        library.enable_cache(subject.pipe, cache_config=config, calibrator_config=taylor if order else None)
         try:
             yield
         finally:
