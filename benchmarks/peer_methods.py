@@ -32,7 +32,7 @@ ALWAYS = (-1, 1001)
 """A range of timesteps that holds all of them."""
 
 NOT_FIRST = (-1, 950)
-"""One that leaves out the first of a call, at which FasterCache has nothing to take the place of attention."""
+"""One that leaves out the first of a call, where FasterCache has nothing in the place of attention yet."""
 
 INNER = {
     "transformer": [r".*transformer_blocks\.\d+\.(attn\d?|ff)"],
