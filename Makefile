@@ -20,12 +20,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(STAMP)  # docs/zoo.md, compatibility.md, *-table.md and overview.png from benchmarks/*.json
+tables: $(STAMP)  # docs/zoo.md, compatibility.md, benchmarks.md, *-table.md and overview.png from benchmarks/*.json
 	$(BIN)/python benchmarks/zoo_tables.py tables
 	$(BIN)/python benchmarks/guidance.py tables
 	$(BIN)/python benchmarks/disa.py tiny-fashion-mar tables
 	$(BIN)/python benchmarks/students.py tables
 	$(BIN)/python benchmarks/compatibility.py tables
+	$(BIN)/python benchmarks/combination.py tables
+	$(BIN)/python benchmarks/few_evaluations.py tiny-fashion-dit tables
+	$(BIN)/python benchmarks/auto.py tiny-fashion-dit tables
+	$(BIN)/python benchmarks/peers.py tables
 	$(BIN)/python benchmarks/overview.py
 
 docs: $(STAMP)  # the site, with the API reference: out/site/index.html

@@ -14,7 +14,6 @@ import re
 import resource
 import sys
 import tempfile
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from described import described
 from torch.utils import _pytree as pytree
 
 from diffaccel import accelerate
@@ -62,7 +62,7 @@ def measure_class(name: str) -> dict[str, Any]:
     except NotBuilt as error:
         return {"built": False, "reason": str(error)}
     except Exception as error:
-        return {"built": False, "reason": f"cannot be made here: {_described(error)}"}
+        return {"built": False, "reason": f"cannot be made here: {described(error)}"}
     try:
         plain = _output(pipe, call)
         found = {"built": True, "finite": _finite(plain), "accelerators": {}}
@@ -73,7 +73,7 @@ def measure_class(name: str) -> dict[str, Any]:
             _output(build(cls), call), _output(build(cls), call)
         )
     except Exception as error:
-        return {"built": False, "reason": f"fails without diffaccel: {_described(error)}"}
+        return {"built": False, "reason": f"fails without diffaccel: {described(error)}"}
     return found
 
 
@@ -86,7 +86,7 @@ def _measure(pipe: Any, call: dict[str, Any], accel: str, plain: list[np.ndarray
     except DiffaccelError as error:
         return {"status": "refused", "reason": _short(str(error), pipe, accel)}
     except Exception as error:
-        return {"status": "crashed", "reason": _described(error)}
+        return {"status": "crashed", "reason": described(error)}
     finally:
         accelerate(pipe, None)
     row = {
@@ -141,13 +141,6 @@ def _equal(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
 
 def _finite(arrays: list[np.ndarray]) -> bool:
     return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
-
-
-def _described(error: Exception) -> str:
-    """Returns an error in one line: what, and where."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def _short(text: str, pipe: Any, accel: str) -> str:

@@ -7,14 +7,13 @@ time, with a distribution-free 95 % interval.  A control compares plain calls wi
 
 import argparse
 import json
-import random
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from paired import paired
 
 from diffaccel import accelerate, zoo
 from diffaccel.eval.provenance import machine, versions
@@ -66,23 +65,7 @@ def seconds(pipe: Any, call: dict[str, Any], accel: Any, steps: int) -> float:
 
 def compare(pipe: Any, call: dict[str, Any], accel: Any, steps: int, pairs: int) -> dict[str, float]:
     """Returns the relative cost of an accelerator, the median over pairs, and its interval."""
-    order, ratios, plains = random.Random(0), [], []
-    for number in range(pairs + 1):
-        taken = {}
-        for which in order.sample((False, True), 2):
-            taken[which] = seconds(pipe, call, accel if which else None, steps)
-        if number:  # the first pair warms up
-            ratios.append(taken[True] / taken[False] - 1)
-            plains.append(taken[False])
-    ratios.sort()
-    reach = int(0.98 * pairs**0.5) + 1  # ranks about the median, by the binomial distribution
-    middle = pairs // 2
-    return {
-        "overhead": statistics.median(ratios),
-        "low": ratios[max(middle - reach, 0)],
-        "high": ratios[min(middle + reach, pairs - 1)],
-        "plain seconds": statistics.median(plains),
-    }
+    return paired(lambda attached: seconds(pipe, call, accel if attached else None, steps), pairs)
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
     trained = getattr(pipe.scheduler, "config", {}).get("_trained_steps")
     if trained and not file:
         raise UnsupportedPipeline(
-            f"this {type(pipe).__name__} is a student, trained for {', '.join(map(str, trained))} steps of its "
-            "own; the schedules that ship are for the teachers of such"
+            f"this {type(pipe).__name__} is a student, trained for {', '.join(map(str, trained))} steps of "
+            "its own; the schedules that ship are for the teachers of such"
         )
     family = family_of(pipe)
     known = load_schedules(Path(file).expanduser()) if file else list(shipped())
