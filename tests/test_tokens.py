@@ -19,7 +19,7 @@ from diffaccel.pipelines.sada_rules import ErrorRule, position
 from diffaccel.pipelines.token_memory import TokenMemory
 from diffaccel.pipelines.tokens import Tokens
 
-STEPS = 14
+STEPS = 12
 FAMILIES = ("sd", "dit", "flux")
 THIN = {"tolerance": 1e-9, "tokens": 3e7}
 """No step is skipped, and some tokens are left out."""
@@ -65,7 +65,7 @@ def test_coarse_tokens_of_latents_that_are_not_square():
     sparse[0, 0, 0] = True
     square = Cells.of((1, 4, 4, 4), 1)
     assert not square.pool(sparse.reshape(1, -1), 1).any(), "1 of 16 is too little"
-    with pytest.raises(UnsupportedPipeline, match="7 tokens"):
+    with pytest.raises(UnsupportedPipeline, match="have 7 tokens"):
         cells.coarseness(7)
 
 
@@ -186,7 +186,7 @@ WIDE = {"sd": {"width": 48}, "sd3": {"width": 48}, "flux": {"width": 48}}
 
 @pytest.mark.parametrize(
     "name",
-    [*FAMILIES, "sdxl", "sd_inpaint", "sd_controlnet", "musicldm", "pixart", "sd3", "flux_true_cfg"],
+    [*FAMILIES, "sdxl", "sd_controlnet", "musicldm", "pixart", "sd3", "flux_true_cfg"],
 )
 def test_some_tokens_get_what_they_get_among_all(name):
     """RoPE ids, text tokens, guidance and latents that are not square included."""
@@ -210,7 +210,7 @@ def test_nothing_left_out_is_bitwise_the_step_wise_part(name):
         assert torch.equal(result, plain) and other.actions == report.actions and other.tokens == 1
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "sd3", "pixart", "musicldm", "sd_controlnet", "flux_true_cfg"])
+@pytest.mark.parametrize("name", [*FAMILIES, "sd3", "musicldm", "sd_controlnet", "flux_true_cfg"])
 @pytest.mark.parametrize("options", [THIN, PAPER], ids=["error", "stability"])
 def test_tokens_are_left_out_and_counted(name, options):
     result, report = sada(name, options)

@@ -78,7 +78,9 @@ class Cells:
         while -(-high // side) * -(-wide // side) > tokens:
             side *= 2
         if -(-high // side) * -(-wide // side) != tokens:
-            raise UnsupportedPipeline(f"{tokens} tokens do not stand for a grid of {high} x {wide} latents")
+            raise UnsupportedPipeline(
+                f"its blocks have {tokens} tokens, which do not stand for {high} x {wide} latents; use tokens=0"
+            )
         return side
 
     def pool(self, wanted: np.ndarray, tokens: int) -> np.ndarray:
