@@ -68,18 +68,19 @@ class Cells:
         x = parts.unflatten(0, (self.batch, high, wide)).permute(0, 3, 1, 4, 2, 5)
         return x.reshape(self.batch, x.shape[1], high * side, wide * side)
 
-    def coarseness(self, tokens: int) -> int:
-        """Returns the side, in cells, of the squares that so many tokens stand for: 1, 2, 4, ...
+    def side(self, tokens: int) -> int:
+        """Returns the side of the squares that so many tokens stand for: 1, 2, 4, ... latent pixels.
 
         Raises:
             UnsupportedPipeline: If there is no such side.
         """
         (high, wide), side = self.grid, 1
+        high, wide = high * max(self.patch, 1), wide * max(self.patch, 1)
         while -(-high // side) * -(-wide // side) > tokens:
             side *= 2
         if -(-high // side) * -(-wide // side) != tokens:
             raise UnsupportedPipeline(
-                f"its blocks have {tokens} tokens, which do not stand for {high} x {wide} latents; use tokens=0"
+                f"its blocks have {tokens} tokens, not those of {high} x {wide} latents; use tokens=0"
             )
         return side
 
@@ -88,13 +89,15 @@ class Cells:
 
         Arguments:
             wanted: The cells that are wanted, bool (S, T), for any number S of samples.
-            tokens: The number of tokens, each of which stands for a square of cells.
+            tokens: The number of tokens, each of which stands for a square.
         """
-        side = self.coarseness(tokens)
-        if side == 1:
+        side, patch = self.side(tokens), max(self.patch, 1)
+        if side == patch:
             return wanted
         area = torch.as_tensor(wanted).reshape(-1, 1, *self.grid).float()
-        share = F.avg_pool2d(area, side, ceil_mode=True, count_include_pad=False)
+        if side < patch:
+            return F.interpolate(area, scale_factor=patch // side).bool().flatten(1).numpy()
+        share = F.avg_pool2d(area, side // patch, ceil_mode=True, count_include_pad=False)
         return (share >= _SHARE).flatten(1).numpy()
 
     def lattice(self, step: int, window: int) -> np.ndarray:

@@ -134,10 +134,13 @@ class ErrorRule:
         return self.todo > 0
 
     def stable(self, call: Update, tokens: float) -> np.ndarray:
-        """Returns the cells whose error is small, relative to those of the sample together."""
+        """Returns the cells whose error is small, relative to those of the sample together.
+
+        No cell is left out of more than twice ``max_skips`` updates in a row.
+        """
         with np.errstate(invalid="ignore"):
             errors = self._errors(call, call.index + 1) * math.sqrt(self.cells.count)
-            return self._known & (self.age < self.max_skips) & (errors < tokens * self.tolerance)
+            return self._known & (self.age < 2 * self.max_skips) & (errors < tokens * self.tolerance)
 
     def _errors(self, call: Update, index: int) -> np.ndarray:
         """Returns how far the sample would be off, relative to x0, were a cell extrapolated, (B, T)."""

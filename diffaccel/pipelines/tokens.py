@@ -8,7 +8,7 @@ computed.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -109,11 +109,19 @@ def _attentions(block: nn.Module) -> list[Any]:
     return [unit for unit in units if unit is not None]
 
 
-def patch_of(network: nn.Module) -> int:
-    """Returns the side of the finest tokens in latent pixels; 0 where latents are a sequence of tokens."""
+def _patch_of(network: nn.Module, shape: Sequence[int], largest: int) -> int:
+    """Returns the side of cells in latent pixels; 0 where latents are a sequence of tokens.
+
+    In a U-Net, which has tokens of several sizes, it is the largest one of those that leave out any.
+    """
     inner: Any = getattr(network, "_orig_mod", network)
     name = type(inner).__name__
-    return 0 if name.startswith("Flux") else 1 if name.startswith("UNet") else int(inner.config.patch_size)
+    if name.startswith("Flux"):
+        return 0
+    if not name.startswith("UNet"):
+        return int(inner.config.patch_size)
+    sides = [2**power for power in range(largest.bit_length())]
+    return max(side for side in sides if not any(length % side for length in shape[2:]))
 
 
 class _Chosen(NamedTuple):
@@ -194,7 +202,7 @@ class Tokens:
 
     Arguments:
         networks: The denoisers by name.
-        max_downsample: How many cells the side of a token may have for its block to leave out any.
+        max_downsample: The side, in latent pixels, of the largest tokens of a U-Net that are left out.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], max_downsample: int) -> None:
@@ -211,8 +219,13 @@ class Tokens:
         self._memory.clear()
 
     def cells(self, network: str, shape: Any) -> Cells:
-        """Returns the cells of latents, which are the finest tokens of a network."""
-        return Cells.of(shape, patch_of(self.networks[network]))
+        """Returns the cells of latents, which are tokens of a network.
+
+        Arguments:
+            network: The denoiser's name.
+            shape: The shape of the latents, (B, C, H, W), or (B, T, C) for a sequence of tokens.
+        """
+        return Cells.of(shape, _patch_of(self.networks[network], shape, self.max_downsample))
 
     @contextmanager
     def part(
@@ -248,7 +261,7 @@ class Tokens:
             return proceed(call) if within is None else self._attend(part, within, call, proceed)
         given = _bound(call)
         hidden, count = given["hidden_states"], given["hidden_states"].shape[1]
-        if part.cells.coarseness(count) > self.max_downsample:
+        if part.cells.side(count) > max(self.max_downsample, part.cells.patch):
             part.computed, part.total = part.computed + count, part.total + count
             return proceed(call)
         chosen = part.chosen(count, len(hidden), hidden.device)
