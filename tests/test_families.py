@@ -225,7 +225,7 @@ def test_controlnets_that_are_several_are_skipped_with_the_unet():
     pipe.controlnet = diffusers.MultiControlNetModel([pipe.controlnet] * 2)
     image = [case.call["image"]] * 2
     plain = run(case, pipe, STEPS, image=image)
-    result = run(case, pipe.to(accel={"sada": {"tolerance": 0.02, "tokens": 3.0}}), STEPS, image=image)
+    result = run(case, pipe.to(accel={"sada": {"tolerance": 1e9, "tokens": 1.0}}), STEPS, image=image)
     counts = pipe.accel.report.counts
     assert counts["controlnet"].evaluated == counts["unet"].evaluated < STEPS
     assert counts["controlnet"].saved == 0, "token-wise is for denoisers"
