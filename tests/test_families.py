@@ -124,7 +124,8 @@ def test_samples_can_be_evaluated_in_parts(name, count):
     assert pipe.accel.report.batch == batch
 
 
-ALONE = ["sd", "sdxl", "sd3", "pixart", "flux", "flux_true_cfg", "qwenimage", "wan"]
+ALONE = ["sd", "sdxl", "sd3", "pixart", "flux", "flux_true_cfg", "qwenimage", "wan", "musicldm",
+         "sd_controlnet"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -136,7 +137,7 @@ def test_a_sample_is_the_same_alone_and_in_company(name):
     def sample(rows, tolerance=0.05):
         pipe.to(accel={"sada": {"tolerance": tolerance}})
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        mine = {k: [v[row] for row in rows] for k, v in call.items()}
+        mine = {k: v[rows] if isinstance(v, Tensor) else [v[row] for row in rows] for k, v in call.items()}
         result = run(case, pipe, STEPS, generator=generators, **mine)
         steps.update({row: pipe.accel.report.skipped_steps(n) for n, row in enumerate(rows)})
         return result
@@ -217,3 +218,15 @@ def test_modular_pipelines():
     assert pipe.accel.report.evaluated == 5 and not torch.equal(fast, plain)
     pipe.to(accel=None)
     assert (type(pipe), set(vars(pipe))) == before and torch.equal(pipe(output="images"), plain)
+
+
+def test_controlnets_that_are_several_are_skipped_with_the_unet():
+    case, pipe = TINY["sd_controlnet"], fresh("sd_controlnet")
+    pipe.controlnet = diffusers.MultiControlNetModel([pipe.controlnet] * 2)
+    image = [case.call["image"]] * 2
+    plain = run(case, pipe, STEPS, image=image)
+    result = run(case, pipe.to(accel={"sada": {"tolerance": 1e9, "tokens": 1.0}}), STEPS, image=image)
+    counts = pipe.accel.report.counts
+    assert counts["controlnet"].evaluated == counts["unet"].evaluated < STEPS
+    assert counts["controlnet"].saved == 0, "token-wise is for denoisers"
+    assert torch.isfinite(result).all() and not torch.equal(result, plain)

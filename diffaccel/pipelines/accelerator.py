@@ -42,6 +42,11 @@ class Accelerator:
     trials: ClassVar[Mapping[str, Sequence[Any]]] = {}
     """The options that ``diffaccel tune`` varies, with their values from careful to fast; none: not tried."""
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of which a stack may have no other: its own, and more where options make it so."""
+        return (self.exclusive,)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Registers the subclass by its name.
 
@@ -142,7 +147,7 @@ def resolve(spec: Any) -> list[Accelerator]:
     """
     stack = _expand(spec)
     for kind in _ORDER:
-        same = [accelerator.name for accelerator in stack if kind and accelerator.exclusive == kind]
+        same = [accelerator.name for accelerator in stack if kind and kind in accelerator.kinds]
         if len(same) > 1:
             raise AcceleratorConflict(f"{same[0]!r} and {same[1]!r} are both of the kind {kind!r}; use one")
     return sorted(stack, key=lambda accelerator: _ORDER[accelerator.exclusive])

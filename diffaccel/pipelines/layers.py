@@ -16,7 +16,14 @@ from diffusers.models.transformers.transformer_bria import BriaTransformerBlock
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from torch import Tensor, nn
 
-__all__ = ["SKIP_PATH", "is_transformer_block", "residual_layers", "skip_path"]
+__all__ = [
+    "SKIP_PATH",
+    "image_tokens",
+    "is_transformer_block",
+    "residual_layers",
+    "skip_path",
+    "with_image_tokens",
+]
 
 _CORRECTED = {
     BriaTransformerBlock: TransformerBlockMetadata(1, 0),
@@ -51,6 +58,23 @@ def _is_residual(module: nn.Module) -> bool:
 def is_transformer_block(module: nn.Module) -> bool:
     """Returns whether a module is a residual block of a transformer that is known."""
     return _packing(module) is not None
+
+
+def image_tokens(module: nn.Module, output: Any) -> Any:
+    """Returns what a transformer's block gives for the image, without what it gives for the prompt."""
+    packing = _packing(module)
+    alone = packing.return_encoder_hidden_states_index is None
+    return output if alone else output[packing.return_hidden_states_index]
+
+
+def with_image_tokens(module: nn.Module, output: Any, tokens: Any) -> Any:
+    """Returns the output of a transformer's block with other tokens of the image."""
+    packing = _packing(module)
+    if packing.return_encoder_hidden_states_index is None:
+        return tokens
+    pair = list(output)
+    pair[packing.return_hidden_states_index] = tokens
+    return tuple(pair)
 
 
 def skip_path(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -32,11 +32,19 @@ class Action(NamedTuple):
 
 @dataclass
 class Count:
-    """The evaluations of one network: those that the pipeline asked for, and those run (per image)."""
+    """The evaluations of one network: those that the pipeline asked for, and those run (per image).
+
+    Arguments:
+        requested: Evaluations that the pipeline asked for.
+        evaluated: Those that were run, per image.
+        rows: Their rows.
+        saved: Of those that were run the part, in evaluations, whose tokens were left out in blocks.
+    """
 
     requested: int = 0
     evaluated: float = 0.0
     rows: int = 0
+    saved: float = 0.0
 
 
 class Stopwatch:
@@ -106,6 +114,12 @@ class Report:
         """Evaluations of the denoisers that were not run, per image."""
         return self.requested - self.evaluated
 
+    @property
+    def tokens(self) -> float:
+        """The part of the tokens that was computed in the evaluations that were run, in [0, 1]."""
+        saved = sum(count.saved for name, count in self.counts.items() if name not in self.auxiliary)
+        return 1 - saved / self.evaluated if saved else 1.0
+
     def skipped_steps(self, sample: int = 0) -> list[int]:
         """Returns the steps whose denoiser was skipped for one sample of the batch."""
         steps = {
@@ -122,6 +136,7 @@ class Report:
             "requested": self.requested,
             "evaluated": self.evaluated,
             "skipped": self.skipped,
+            "tokens": self.tokens,
             "updates": self.updates,
             "batch": self.batch,
             "seconds": self.seconds,
@@ -131,6 +146,8 @@ class Report:
 
     def __str__(self) -> str:
         what = f"{self.evaluated:.4g} of {self.requested} evaluations per image, {self.updates} updates"
+        if self.tokens < 1:
+            what += f", {100 * self.tokens:.3g} % of the tokens"
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in self.seconds.items())
         skippers: dict[str, set[int]] = {}
         for action in self.actions:

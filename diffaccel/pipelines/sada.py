@@ -7,23 +7,26 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor, nn
 
 from ..errors import UnsupportedPipeline, UnsupportedScheduler
 from ..noise import is_stochastic, probe
 from .accelerator import Accelerator, Proceed, option
+from .cells import WHOLE
 from .gates import is_compiled
 from .history import select
 from .replay import Replay
-from .rows import merge_rows
-from .run import AUXILIARY, Evaluation, Run, Update
-from .sada_rules import ErrorRule, Rule, StabilityRule
+from .rows import merge_rows, rows_of
+from .run import AUXILIARY, BlockCall, Evaluation, Run, Update, denoisers_of
+from .sada_rules import ErrorRule, Rule, StabilityRule, position
+from .tokens import Tokens, why_no_tokens
 
 __all__ = ["Sada"]
 
 
 @dataclass
 class Sada(Accelerator):
-    """Stability-guided adaptive acceleration, step-wise, for every deterministic solver and prediction type.
+    """Stability-guided adaptive acceleration for every deterministic solver and prediction type.
 
     At a skipped step no network runs (a ControlNet neither); the guided x0 is reconstructed from history
     and handed to the solver as an ordinary output. Every sample of a batch decides for itself, and the
@@ -33,9 +36,11 @@ class Sada(Accelerator):
 
     The default goes beyond the paper, since it measures better (docs/sada.md): `ErrorRule` decides, and
     once a stretch of skipped steps has ended, its solver updates are repeated with interpolated predictions
-    (`Replay`). The preset ``"paper"`` follows the formulas of the paper, see `StabilityRule`. The token-
-    wise part of the paper (recomputing unstable tokens only) is left out here: it needs attention
-    processors of its own for each family.
+    (`Replay`). The preset ``"paper"`` follows the formulas of the paper, see `StabilityRule`.
+
+    With ``tokens`` the same criterion is asked of every token of the latents, and transformer blocks run for
+    the unstable ones alone in the steps that are computed (`tokens.Tokens`): token-wise, for the denoisers
+    named there. Reduces to the step-wise part, bit for bit, where no token is stable.
 
     References:
         SADA: Stability-guided Adaptive Diffusion Acceleration (2025), arXiv 2507.17135.
@@ -43,7 +48,7 @@ class Sada(Accelerator):
     Arguments:
         criterion: ``"error"`` or ``"stability"``.
         tolerance: The error allowed to a skipped step, relative to x0; 0 skips nothing. Error criterion only.
-        max_skips: The largest number of skipped steps in a row; 0 switches off.
+        max_skips: The largest number of skipped steps in a row, also of a token; 0 switches off.
         skip_from: The part of the steps that always run at the beginning, in [0, 1].
         skip_until: The part of the steps after which all run, in [0, 1].
         order: The computed predictions in the extrapolation, 2 or 3 being best. Error criterion only.
@@ -52,6 +57,11 @@ class Sada(Accelerator):
             1 for none. Stability criterion only.
         interval: See ``late``.
         nodes: The nodes of the polynomial after ``late``. Stability criterion only.
+        tokens: The error allowed to a token that is not computed, in units of ``tolerance``; 0 for no
+            token-wise part. For the stability criterion, which has no error, any other number is the same.
+        window: One token in each square of so many by so many is computed whatever the criterion says, in
+            turn; 0 for none.
+        max_downsample: The side, in latent pixels, of the largest tokens in a U-Net that are left out.
     """
 
     name: ClassVar[str] = "sada"
@@ -81,6 +91,9 @@ class Sada(Accelerator):
     late: float = option(0.48, low=0.0, high=1.0)
     interval: int = option(4, low=2)
     nodes: int = option(4, low=1, high=6)
+    tokens: float = option(0.0, low=0.0)
+    window: int = option(0, low=0)
+    max_downsample: int = option(2, low=1)
 
     def check(self, pipe: Any) -> str | None:
         """Refuses stochastic and unknown schedulers."""
@@ -95,7 +108,14 @@ class Sada(Accelerator):
             return str(error)
         if self.criterion == "stability" and any(path[index].sigma == 0 for index in range(len(path))):
             return f"{type(pipe.scheduler).__name__} starts without noise, where the criterion is undefined"
+        if self.tokens:
+            return next(filter(None, map(why_no_tokens, denoisers_of(pipe).values())), None)
         return None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of what it does: blocks are those of the token-wise part."""
+        return ("skip", "blocks") if self.tokens else ("skip",)
 
     @property
     def is_off(self) -> bool:
@@ -106,10 +126,21 @@ class Sada(Accelerator):
     def start_rule(self, run: Run) -> Rule:
         """Returns the rule with the state of a new loop."""
         if self.criterion == "error":
-            return ErrorRule(self.tolerance, self.max_skips, self.order)
+            return ErrorRule(self.tolerance, self.max_skips, self.order, self.cells)
         phase = math.inf if self.late == 1 else self.late * run.num_updates
         phase = phase if math.isinf(phase) else round(phase / self.interval) * self.interval
-        return StabilityRule(self.max_skips, phase, self.interval, self.nodes)
+        return StabilityRule(self.max_skips, phase, self.interval, self.nodes, self.cells)
+
+    def blocks(self, pipe: Any) -> list[nn.Module]:
+        """Returns what the token-wise part looks into."""
+        self.thin: Tokens | None = None
+        if self.tokens and not self.is_off:
+            self.thin = Tokens(denoisers_of(pipe), self.max_downsample)
+        return self.thin.modules if self.thin else []
+
+    def block(self, call: BlockCall, proceed: Proceed) -> Any:
+        """Computes some tokens or all of them."""
+        return self.thin.block(call, proceed) if self.thin else proceed(call)
 
     def start(self, run: Run) -> None:
         """Forgets the last loop.
@@ -125,6 +156,10 @@ class Sada(Accelerator):
         self.replay = Replay()
         self.last: dict[tuple[str, int], tuple[int, Any]] = {}
         self.skip = np.zeros(0, bool)
+        self.wanted = np.ones((0, 1), bool)
+        self.cells = WHOLE
+        if self.thin:
+            self.thin.clear()
         self.ran: np.ndarray | None = None
         self.network = ""
         self.batch = 0
@@ -138,16 +173,15 @@ class Sada(Accelerator):
         denoiser = call.network not in AUXILIARY
         known, previous = self.last.get(key, (0, None))
         switched = denoiser and (call.network != self.network or known not in (0, call.rows))
-        if known != call.rows or switched or not self.skip.any():
-            output, ran = proceed(call), np.ones(batch, bool)
+        idle = not self.skip.any() and self.wanted.all()
+        if known != call.rows or switched or idle:
+            output, ran = self._part(call, proceed, range(batch)), np.ones(batch, bool)
         elif self.skip.all():
             output, ran = previous, ~self.skip
         elif call.rows % batch or self._is_compiled(call):  # frames may be samples, but not rows
-            output, ran = proceed(call), np.ones(batch, bool)
+            output, ran = self._part(call, proceed, range(batch)), np.ones(batch, bool)
         else:
-            part, ran = call.select(np.flatnonzero(~self.skip).tolist(), batch), ~self.skip
-            rows = [row for row in range(call.rows) if ran[row % batch]]
-            output = merge_rows(previous, proceed(part), rows, call.rows)
+            output, ran = self._some(call, proceed, previous), ~self.skip
         if not ran.all():
             call.log(self, "skip", np.flatnonzero(~ran).tolist())
         self.last[key] = (call.rows, output)
@@ -156,6 +190,39 @@ class Sada(Accelerator):
             if switched and self.network:
                 self.rule = None
             self.network = call.network
+        return output
+
+    def _some(self, call: Evaluation, proceed: Proceed, previous: Any) -> Any:
+        """Evaluates a network for the samples that do not skip, and fills in its last output for the rest."""
+        output, batch = previous, len(self.skip)
+        thin = np.any(~self.wanted, 1) & (call.network not in AUXILIARY)
+        for group in (~self.skip & ~thin, ~self.skip & thin):
+            samples = np.flatnonzero(group).tolist()
+            if len(samples) == batch:
+                output = self._part(call, proceed, samples, bool(thin.all()))
+            elif samples:
+                rows = rows_of(samples, batch, call.rows)
+                part = self._part(call.select(samples, batch), proceed, samples, bool(thin[samples[0]]), rows)
+                output = merge_rows(output, part, rows, call.rows)
+        return output
+
+    def _part(
+        self, call: Evaluation, proceed: Proceed, samples: Sequence[int], thin: bool = False,
+        rows: list[int] | None = None,
+    ) -> Any:  # fmt: skip
+        """Evaluates a network for some samples, in all of their cells or in those that are wanted."""
+        if self.thin is None or call.network in AUXILIARY or not self.cells.batch:
+            return proceed(call)
+        wanted = self.wanted[samples] if thin else None
+        key, now = (call.network, call.branch), position(call.run.path, call.run.coming(None))
+        linear = self.criterion == "error"
+        with self.thin.part(key, now, linear, self.cells, rows, wanted) as part:
+            output = proceed(call)
+        if thin:
+            call.run.report.counts[call.network].saved += call.share * (
+                1 - part.computed / max(part.total, 1)
+            )
+            call.log(self, "thin", samples)
         return output
 
     def update(self, call: Update, proceed: Proceed) -> Any:
@@ -167,27 +234,59 @@ class Sada(Accelerator):
         if self.is_off:
             return proceed(call)
         self._check_batch(call)
-        batch, level = len(call.sample), call.run.path[call.index]
-        ran = self.ran if self.ran is not None and len(self.ran) == batch else np.ones(batch, bool)
-        if self.rule is None:
-            self.rule = self.start_rule(call.run)
-            self.replay.clear()
-            ran = np.ones(batch, bool)  # a new rule has nothing to reconstruct from
+        level, ran = call.run.path[call.index], self._begin_update(call)
+        rule, fresh = self.rule, self._fresh(ran)
+        assert rule is not None
         x0 = level.x0(call.output, call.sample)
-        if not ran.all():
-            x0 = select(ran, x0, self.rule.reconstruct(call).to(x0.dtype))
+        if not fresh.all():
+            x0 = self._select(fresh, x0, rule.reconstruct(call).to(x0.dtype))
         corrected = self._corrected(call, x0, ran)
         if corrected is not call:
-            call, x0 = corrected, select(ran, level.x0(call.output, corrected.sample), x0)
-        if not ran.all():
+            call, x0 = corrected, self._select(fresh, level.x0(call.output, corrected.sample), x0)
+        if not fresh.all():
             rebuilt = level.output(x0, call.sample).to(call.output.dtype)
-            call = replace(call, output=select(ran, call.output, rebuilt))
-        keep = self.correct and isinstance(self.rule, ErrorRule)
+            call = replace(call, output=self._select(fresh, call.output, rebuilt))
+        keep = self.correct and isinstance(rule, ErrorRule)
         result = self.replay.step(call, proceed, ~ran, keep)
-        allowed = self.rule.plan(call, x0, result, ran)
-        self.skip = allowed & self._in_range(call)
+        allowed, possible = rule.plan(call, x0, result, fresh), self._in_range(call)
+        self.skip = allowed & possible
+        self._choose(call, possible)
         self.ran = None
         return result
+
+    def _begin_update(self, call: Update) -> np.ndarray:
+        """Returns the samples whose networks ran, bool (B); begins anew where there is nothing to go by."""
+        batch = len(call.sample)
+        ran = self.ran if self.ran is not None and len(self.ran) == batch else np.ones(batch, bool)
+        if self.rule is None:
+            self.cells = self.thin.cells(self.network, call.sample.shape) if self.thin else WHOLE
+            self.rule = self.start_rule(call.run)
+            self.replay.clear()
+            self.wanted = np.ones((batch, self.cells.count), bool)
+            ran = np.ones(batch, bool)  # a new rule has nothing to reconstruct from
+        return ran
+
+    def _fresh(self, ran: np.ndarray) -> np.ndarray:
+        """Returns the cells whose prediction is taken as the network gave it, bool (B, T)."""
+        assert self.rule is not None
+        wanted = self.wanted if self.rule.fills else np.ones_like(self.wanted)
+        return wanted & ran[:, None]
+
+    def _choose(self, call: Update, possible: bool) -> None:
+        """Chooses the cells that the next evaluation computes."""
+        self.wanted = np.ones_like(self.wanted)
+        if self.thin is not None and self.rule is not None and possible:
+            self.wanted = ~self.rule.stable(call, self.tokens)
+            if self.window:
+                self.wanted |= self.cells.lattice(call.step + 1, self.window)
+        self.wanted[self.skip] = True
+
+    def _select(self, chosen: np.ndarray, this: Tensor, other: Tensor) -> Tensor:
+        """Returns the chosen cells of ``this``, and the other ones of ``other``."""
+        if chosen.all() or not chosen.any():
+            return this if chosen.all() else other
+        split = self.cells.split
+        return self.cells.join(select(chosen.ravel(), split(this), split(other)))
 
     def _is_compiled(self, call: Evaluation) -> bool:
         """Whether the network is compiled; asked only where it matters, since all parts are looked at."""

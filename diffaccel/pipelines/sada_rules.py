@@ -1,7 +1,8 @@
 """The two rules by which SADA decides what to skip and how to fill the gap: error control, and the paper's.
 
 Both look at guided predictions, decide for every sample of a batch on its own, compute in float32 or better,
-and know the path only by step index.  ``u`` is the half log-SNR lambda, S = sigma / alpha.
+and know the path only by step index.  ``u`` is the half log-SNR lambda, S = sigma / alpha.  Each tells by one
+criterion which samples skip the next update, and which cells of the others need not be computed in it.
 """
 
 import math
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..noise import Path
+from .cells import WHOLE, Cells
 from .history import History
 from .run import Update
 
-__all__ = ["ErrorRule", "Rule", "StabilityRule"]
+__all__ = ["ErrorRule", "Rule", "StabilityRule", "position"]
 
 _FARTHEST = 12.0  # log-SNR beyond this (alpha or sigma nearly 0) is one place
 
@@ -23,14 +25,33 @@ _FARTHEST = 12.0  # log-SNR beyond this (alpha or sigma nearly 0) is one place
 class Rule(Protocol):
     """What `Sada` asks of a rule."""
 
+    fills: bool
+    """Whether cells that were not computed are reconstructed, instead of taken as the network gives them."""
+
     def reconstruct(self, call: Update) -> Tensor:
         """Returns the x0 of a skipped update, (B, *)."""
 
-    def plan(self, call: Update, x0: Tensor, result: Any, ran: np.ndarray) -> np.ndarray:
-        """Learns from an update and returns the samples that may skip the next one, bool (B)."""
+    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray) -> np.ndarray:
+        """Learns from an update and returns the samples that may skip the next one, bool (B).
+
+        Arguments:
+            call: The update.
+            x0: The prediction, with shape (B, *).
+            result: What the scheduler returned.
+            fresh: The cells that were computed, bool (B, T).
+        """
+
+    def stable(self, call: Update, tokens: float) -> np.ndarray:
+        """Returns the cells that need not be computed in the next update, bool (B, T).
+
+        Arguments:
+            call: The update that was planned after.
+            tokens: How unstable a cell may be; see `Sada`.
+        """
 
 
-def _position(path: Path, index: int) -> float:
+def position(path: Path, index: int) -> float:
+    """Returns the coordinate of an update: its half log-SNR, within bounds."""
     return max(-_FARTHEST, min(path[index].log_snr, _FARTHEST))
 
 
@@ -56,54 +77,90 @@ class ErrorRule:
         tolerance: The bound above.
         max_skips: The largest number of updates in a row.
         order: The number n of predictions in the polynomial.
+        cells: The cells, each of which has computed predictions of its own; the error of a sample is that of
+            its cells together. Whole samples by default.
     """
 
-    def __init__(self, tolerance: float, max_skips: int, order: int) -> None:
+    fills = True
+
+    def __init__(self, tolerance: float, max_skips: int, order: int, cells: Cells = WHOLE) -> None:
         self.tolerance, self.max_skips, self.order = tolerance, max_skips, order
         self.history = History(order + 1)
+        self.cells = cells
         self.todo = np.zeros(0, int)
+        self.age = np.zeros((0, 1), int)  # updates since a cell was computed
+        self.rates = np.zeros((0, 1))  # the error over prod_j |u - u_j|
 
     def reconstruct(self, call: Update) -> Tensor:
         """Returns the extrapolated x0."""
-        return self.history.predict(_position(call.run.path, call.index), self.order)
+        return self.cells.join(self.history.predict(position(call.run.path, call.index), self.order))
 
     def interpolate(self, newest: Tensor, call: Update, old: Update) -> Tensor:
         """Returns the x0 of an earlier update ``old``, now that the one of ``call`` has been computed."""
-        path = call.run.path
+        path, newest = call.run.path, self.cells.split(newest)
         enough = int(self.history.count.min())
         order = min(self.order + 1, enough) + 1
-        return self.history.interpolate(
-            _position(path, old.index), order, newest, _position(path, call.index)
+        return self.cells.join(
+            self.history.interpolate(position(path, old.index), order, newest, position(path, call.index))
         )
 
-    def plan(self, call: Update, x0: Tensor, result: Any, ran: np.ndarray) -> np.ndarray:
+    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray) -> np.ndarray:
         """Stores the computed predictions, and counts the updates that may be skipped."""
-        path, here = call.run.path, _position(call.run.path, call.index)
+        fresh = fresh.reshape(len(fresh), -1)
         if not self.todo.size:
-            self.todo = np.zeros(len(x0), int)
-        known = self.history.count >= self.order if self.history.nodes.size else np.zeros(len(x0), bool)
+            self.todo, self.age = np.zeros(len(fresh), int), np.zeros(fresh.shape, int)
+            self.rates = np.full(fresh.shape, np.inf)
+        here, rows, ran = position(call.run.path, call.index), fresh.ravel(), np.any(fresh, 1)
+        x0, known = self.cells.split(x0), self._known
         self.todo = np.maximum(self.todo - ~ran, 0)
-        errors = np.full(len(x0), np.inf)
-        if ran.any() and known.any():
-            wrong = _norm(self.history.predict(here, self.order) - x0) / _norm(x0).clamp_min(1e-12)
-            errors = np.where(known, wrong.double().cpu().numpy(), np.inf)
-            errors = errors / np.maximum(self.history.distance(here, self.order), 1e-12)
-        self.history.push(x0, here, ran)
-        stages = getattr(call.run.scheduler, "order", 1)
+        self.age = np.where(fresh, 0, self.age + 1)
+        if rows.any() and known.any():
+            norms = torch.stack([_norm(self.history.predict(here, self.order) - x0), _norm(x0)])
+            wrong, size = norms.double().cpu().numpy().reshape(2, *fresh.shape)
+            size = np.maximum(np.sqrt((size**2).sum(1, keepdims=True)), 1e-12)
+            rates = wrong / size / np.maximum(self._distance(here), 1e-12)
+            self.rates = np.where(fresh & known, rates, self.rates)
+        self.history.push(x0, here, rows)
         last = call.run.num_updates + call.run.first_index - 1
-        allowed, count = ran & known, np.zeros(len(x0), int)
+        allowed, count = ran & known.all(1), np.zeros(len(ran), int)
         for index in range(call.index + 1, min(call.index + self.max_skips, last - 1) + 1):
-            growth = self.history.distance(_position(path, index), self.order)
-            if _position(path, index) == _position(path, index + 1) or _position(path, index) == here:
-                following = self.history.distance(_position(path, index + 1), self.order)
-                growth = np.maximum(growth, following)  # a repeated level is not a free one
             with np.errstate(invalid="ignore"):
-                allowed &= errors * growth * _influence(path, index, stages) < self.tolerance
+                error = np.sqrt((self._errors(call, index) ** 2).sum(1))
+                allowed &= error < self.tolerance
             if not allowed.any():
                 break
             count += allowed
         self.todo = np.where(ran, count, self.todo)
         return self.todo > 0
+
+    def stable(self, call: Update, tokens: float) -> np.ndarray:
+        """Returns the cells whose error is small, relative to those of the sample together.
+
+        No cell is left out of more than twice ``max_skips`` updates in a row.
+        """
+        with np.errstate(invalid="ignore"):
+            errors = self._errors(call, call.index + 1) * math.sqrt(self.cells.count)
+            return self._known & (self.age < 2 * self.max_skips) & (errors < tokens * self.tolerance)
+
+    def _errors(self, call: Update, index: int) -> np.ndarray:
+        """Returns how far the sample would be off, relative to x0, were a cell extrapolated, (B, T)."""
+        path, stages = call.run.path, getattr(call.run.scheduler, "order", 1)
+        growth = self._distance(position(path, index))
+        here = position(path, call.index)
+        if position(path, index) in (position(path, index + 1), here):
+            following = self._distance(position(path, index + 1))
+            growth = np.maximum(growth, following)  # a repeated level is not a free one
+        return self.rates * growth * _influence(path, index, stages)
+
+    @property
+    def _known(self) -> np.ndarray:
+        """The cells that can be extrapolated, bool (B, T)."""
+        if not self.history.nodes.size:
+            return np.zeros(self.rates.shape, bool)
+        return (self.history.count >= self.order).reshape(self.rates.shape)
+
+    def _distance(self, coordinate: float) -> np.ndarray:
+        return self.history.distance(coordinate, self.order).reshape(self.rates.shape)
 
 
 def _influence(path: Path, index: int, stages: int) -> float:
@@ -138,16 +195,21 @@ class StabilityRule:
         phase: The step at which the late phase begins; infinite for none.
         interval: The distance of nodes in the late phase.
         nodes: The number of nodes.
+        cells: The cells; those whose mean above is negative need not be computed. Whole samples by default.
     """
 
+    fills = False
     PREDICTOR = (5 / 6, 5 / 6, -2 / 3)
 
-    def __init__(self, max_skips: int, phase: float, interval: int, nodes: int) -> None:
+    def __init__(self, max_skips: int, phase: float, interval: int, nodes: int, cells: Cells = WHOLE) -> None:
         self.max_skips, self.phase, self.interval, self.nodes = max_skips, phase, interval, nodes
+        self.cells = cells
         self.history = History(max(nodes, 1))
         self.velocities: list[Tensor] = []
         self.eps = self.predicted = torch.empty(0)
         self.in_row = np.zeros(0, int)
+        self.since = np.zeros(0, int)  # updates since the last one that was skipped
+        self.means = np.zeros((0, 1))
 
     def reconstruct(self, call: Update) -> Tensor:
         """Returns the step-wise x0, or the multistep-wise one in the late phase."""
@@ -157,11 +219,14 @@ class StabilityRule:
         scale = float(path.to_time_coordinates(call.index, torch.ones((), dtype=torch.float64)))
         return (self.predicted - scale * level.sigma * self.eps) / (scale * level.alpha)
 
-    def plan(self, call: Update, x0: Tensor, result: Any, ran: np.ndarray) -> np.ndarray:
+    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray) -> np.ndarray:
         """Evaluates the criterion on the solver's own result."""
         path, index, step = call.run.path, call.index, call.step
+        fresh = fresh.reshape(len(fresh), -1)
+        ran = np.any(fresh, 1)
         if not self.in_row.size:
-            self.in_row = np.zeros(len(x0), int)
+            self.in_row, self.since = np.zeros(len(ran), int), np.zeros(len(ran), int)
+            self.means = np.zeros(fresh.shape)
         if step % self.interval == 1:
             self.history.push(x0, float(step), np.ones(len(x0), bool))
         level = path[index]
@@ -173,10 +238,17 @@ class StabilityRule:
         if late:  # this phase is not adaptive
             stable = np.full(len(x0), step % self.interval != 0)
         self.in_row = np.where(ran, 0, self.in_row + 1)
+        self.since = np.where(ran, self.since + 1, 0)
         return stable & (self.in_row < self.max_skips)
 
+    def stable(self, call: Update, tokens: float) -> np.ndarray:
+        """Returns the cells of negative mean; none at each ``max_skips``-th update since the last skip."""
+        return (self.means < 0) & ((self.since + 1) % max(self.max_skips, 1) != 0)[:, None]
+
     def _stable(self, call: Update, result: Any) -> np.ndarray:
+        """Returns the samples whose mean is negative, bool (B)."""
         path, index = call.run.path, call.index
+        self.means = np.zeros_like(self.means)
         if len(self.velocities) < 3 or index + 1 >= len(path):
             return np.zeros(len(call.sample), bool)
         y2, y1, y0 = self.velocities
@@ -184,5 +256,6 @@ class StabilityRule:
         slope = sum(c * y for c, y in zip(self.PREDICTOR, (y0, y1, y2), strict=True))
         self.predicted = path.to_time_coordinates(index, call.sample) - delta * slope
         reached = path.to_time_coordinates(index + 1, result[0])
-        mean = ((reached - self.predicted) * (y0 - 2 * y1 + y2)).flatten(1).mean(1)
-        return (mean < 0).cpu().numpy()
+        product = self.cells.split((reached - self.predicted) * (y0 - 2 * y1 + y2))
+        self.means = product.flatten(1).mean(1).double().cpu().numpy().reshape(self.means.shape)
+        return self.means.mean(1) < 0

@@ -178,6 +178,11 @@ class AutoDiffusion(Accelerator):
             call.log(self, "thin", range(call.run.batch))
         return proceed(call)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Its own kind, and that of what works on blocks."""
+        return (self.exclusive, "blocks")
+
     def blocks(self, pipe: Any) -> list[nn.Module]:
         """Returns the layers that are dropped at some evaluation."""
         return list(self._layers(pipe))
