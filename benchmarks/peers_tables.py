@@ -50,7 +50,8 @@ Written by `make tables` from `benchmarks/peers-*.json`, which `python benchmark
 (extra `peers`). {versions}; {machine["processor"]}, {machine["threads"]} thread(s).
 
 - **Rows.** All methods make the same images: same prompts, same noise, same scheduler, and the errors are
-  those against the unaccelerated run. `s3` and fewer steps take other steps by their nature.
+  those against the unaccelerated run. `s3` and fewer steps take other steps by their nature; the schedules of
+  `s3` were searched for guidance 2.5, and are not better than fewer steps for the U-Net at guidance 5.
 - **Speed-up.** Wall-clock seconds of the whole call, batch by batch in turn with the plain run; the median of
   the paired ratios, and the least and largest.
 - **Operations.** GFLOP an image of matrix products, convolutions and attention, counted by
