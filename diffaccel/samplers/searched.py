@@ -52,7 +52,7 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
             "it is one of another family"
         )
     if not found:
-        models = sorted({str(schedule.facts.get("settings", {}).get("model")) for schedule in known})
+        models = sorted({schedule.facts.get("settings", {}).get("model") for schedule in known} - {None})
         raise UnsupportedPipeline(
             f"no schedule for this {type(pipe).__name__} ships with diffaccel (there are some for "
             f"{', '.join(models) or 'no model'}); make one with `diffaccel search s3 MODEL`, and give its "
