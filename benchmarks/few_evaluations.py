@@ -20,13 +20,14 @@ from typing import Any
 import diffusers
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from frechet import frechet_of
 from kept import kept
 
 from diffaccel import accelerate, zoo
 from diffaccel.cli.reading import set_scheduler
 from diffaccel.cli.tables import Lines, markdown, shown
 from diffaccel.errors import DiffaccelError
-from diffaccel.eval import Extractor, Sampler, Statistics, collect, open_images, protocol
+from diffaccel.eval import Extractor, Sampler, collect, open_images, protocol
 from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
@@ -75,7 +76,7 @@ class Runs:
         self.sampler = Sampler(self.pipe, conditions, 10, guidance, SEED, count)
         self.extractor = Extractor(protocol("fashion"), self.device)
         images, _ = zoo.reference()
-        self.reference = self.statistics(images).reference
+        self.reference = collect(open_images(images), self.extractor, ("features",))
         self.distances = min(arguments.distances, count)
         self.fine = torch.from_numpy(self._kept(f"fine-{self.distances}", self._fine)["images"])
 
@@ -94,17 +95,11 @@ class Runs:
         finally:
             self.pipe.scheduler = self.plain
 
-    def statistics(self, images: torch.Tensor) -> Statistics:
-        """Returns the statistics of images, the features among them."""
-        return collect(open_images(images), self.extractor, ("features",))
-
     def score(self, images: torch.Tensor) -> dict[str, Any]:
         """Returns the distance to the fine solution, and what the Fréchet distance needs."""
         square = (images[: self.distances] - self.fine).double().square().flatten(1).mean(1)
-        found = self.statistics(images.clamp(0, 1))
-        influence = found.frechet(self.reference).influence(found.features)
-        return {"rms": float(square.mean().sqrt()), "fd": found.frechet(self.reference).distance,
-                "influence": influence}  # fmt: skip
+        _, distance, influence = frechet_of(images.clamp(0, 1), self.extractor, self.reference)
+        return {"rms": float(square.mean().sqrt()), "fd": distance, "influence": influence}
 
     def s3(self, steps: int, file: str) -> dict[str, Any]:
         """Returns the scores of the searched schedule."""

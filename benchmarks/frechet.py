@@ -14,7 +14,7 @@ def frechet_of(pixels: Any, extractor: Extractor, reference: Statistics) -> tupl
     """Returns the features of images, their distance, and the influence of each image on it.
 
     Arguments:
-        pixels: The images (N, 3, H, W), 8 bits.
+        pixels: The images (N, 3, H, W), 8 bits, or in [0, 1].
         extractor: What makes features.
         reference: The statistics that the distance is to.
     """

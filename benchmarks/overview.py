@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffaccel import accelerate, zoo
 from diffaccel.cli.reading import set_scheduler
+from diffaccel.cli.tables import label_of
 from diffaccel.eval import Sampler
 from diffaccel.files import whole
 from diffaccel.zoo.folders import quiet
@@ -34,11 +35,6 @@ ORANGE, GREY = "#d2491a", "#888888"
 def read(name: str) -> dict[str, Any]:
     """Returns a record of this folder."""
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def label_of(row: dict[str, Any]) -> str:
-    """Returns the name of a row of the demo, with its steps if it is plain."""
-    return row["name"] if row["kind"] == "accelerated" else f"plain, {row['steps']} steps"
 
 
 def samples(settings: dict[str, Any]) -> dict[str, Tensor]:

@@ -95,9 +95,7 @@ class Subject:
             yield
         finally:
             self.model._modules.clear()
-            self.model._modules.update(
-                modules
-            )  # in their order, too: other peers take the first for the first
+            self.model._modules.update(modules)  # in their order: other peers take the first for the first
             for part, own in blocks:
                 for name in set(part.__dict__) - set(own):
                     delattr(part, name)

@@ -35,8 +35,7 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def _table(header: list[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [("plain", [cell.replace("|", "\\|") for cell in row]) for row in rows]
-    return markdown(Lines("", header, cells, ()))
+    return markdown(Lines("", header, [("plain", list(row)) for row in rows], ()))
 
 
 def _head(records: Sequence[Record]) -> str:

@@ -135,5 +135,6 @@ def table(lines: Lines, width: int = 120) -> Table:
 
 def markdown(lines: Lines) -> str:
     """Returns a table in Markdown."""
-    rows = [lines.header, ["---"] * len(lines.header), *(cells for _, cells in lines.rows)]
+    cells = ([cell.replace("|", "\\|") for cell in row] for _, row in lines.rows)
+    rows = [lines.header, ["---"] * len(lines.header), *cells]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -48,7 +48,8 @@ class Sada(Accelerator):
     Arguments:
         criterion: ``"error"`` or ``"stability"``.
         tolerance: The error allowed to a skipped step, relative to x0; 0 skips nothing. Error criterion only.
-        max_skips: The largest number of skipped steps in a row, also of a token; 0 switches off.
+        max_skips: The largest number of skipped steps in a row; 0 switches off. A token may be left out of
+            twice as many updates in a row; with the stability criterion, of one less than so many.
         skip_from: The part of the steps that always run at the beginning, in [0, 1].
         skip_until: The part of the steps after which all run, in [0, 1].
         order: The computed predictions in the extrapolation, 2 or 3 being best. Error criterion only.

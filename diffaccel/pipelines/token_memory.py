@@ -57,13 +57,7 @@ class TokenMemory:
             device: Where the tokens are.
         """
         time = torch.full((size, tokens), now, dtype=torch.float64, device=device)
-        known = self._times.get(tokens)
-        if rows is None or known is None:
-            usable = known is not None and known[0].shape == time.shape
-            self._times[tokens] = [time, known[0] if known and usable else time.clone()]
-        else:
-            known[1].index_copy_(0, rows, known[0][rows])
-            known[0].index_copy_(0, rows, time)
+        self._times[tokens] = _pushed(self._times.get(tokens), time, rows)
 
     def remember(self, key: Any, value: Tensor, rows: Tensor | None) -> None:
         """Takes a value of all tokens.
@@ -73,13 +67,7 @@ class TokenMemory:
             value: With the rows first.
             rows: The rows that were evaluated; None for all.
         """
-        known = self._values.get(key)
-        if rows is None or known is None:
-            usable = known is not None and known[0].shape == value.shape
-            self._values[key] = [value, known[0] if known and usable else value.clone()]
-        else:
-            known[1].index_copy_(0, rows, known[0][rows])
-            known[0].index_copy_(0, rows, value)
+        self._values[key] = _pushed(self._values.get(key), value, rows)
 
     def complete(
         self, key: Any, fresh: Tensor, dim: int, rows: Tensor | None, index: Tensor, weights: Tensor | None
@@ -104,6 +92,16 @@ class TokenMemory:
         if weights is None:
             return new.clone()
         return torch.lerp(new, old, -_along(weights.to(new.dtype), dim, new.ndim))
+
+
+def _pushed(known: list[Tensor] | None, newest: Tensor, rows: Tensor | None) -> list[Tensor]:
+    """Returns the last two values, of which the newest is that of some rows, or of all of them."""
+    if rows is None or known is None:
+        usable = known is not None and known[0].shape == newest.shape
+        return [newest, known[0] if known and usable else newest.clone()]
+    known[1].index_copy_(0, rows, known[0][rows])
+    known[0].index_copy_(0, rows, newest)
+    return known
 
 
 def _taken(tensor: Tensor, rows: Tensor | None) -> Tensor:
