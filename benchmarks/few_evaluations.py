@@ -3,7 +3,8 @@
 ``python benchmarks/few_evaluations.py tiny-fashion-sd --nfe 5 6`` writes ``s3-tiny-fashion-sd.json`` here:
 the distance of the images to the fine solution, and the Fréchet distance to the zoo's reference images with
 the paired difference to S3. It goes on where it was stopped: what is measured is kept in ``--work``.
-With ``--dtype bfloat16`` the denoiser runs under autocast; the distances are those of the first
+With ``--dtype bfloat16`` the denoiser runs under autocast, with ``--compile`` it is compiled (on two CPU
+cores 1.5 times as fast for the DiT, 1.2 times for the UNet); the distances are those of the first
 ``--distances`` images.  ``... MODEL tables`` writes ``docs/few-evaluations-table.md`` from the records of
 all models.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch._inductor.config as inductor_config
 from accelerate.utils import convert_outputs_to_fp32
 from frechet import frechet_of
 from kept import kept
@@ -68,8 +70,11 @@ class Runs:
         self.work = arguments.work / f"{self.model}-{count}-{guidance}-{dtype}"
         with quiet([]):
             self.pipe: Any = zoo.load(self.model).to(self.device)
+        networks = list(denoisers_of(self.pipe).values())
+        if arguments.compile:
+            compile_frozen(networks)
         if dtype != "float32":
-            autocast(denoisers_of(self.pipe).values(), self.device, getattr(torch, dtype))
+            autocast(networks, self.device, getattr(torch, dtype))
         self.pipe.set_progress_bar_config(disable=True)
         self.plain = self.pipe.scheduler
         conditions = default_conditions(self.model, self.pipe, count)
@@ -151,6 +156,13 @@ def autocast(networks: Iterable[torch.nn.Module], device: str, dtype: torch.dtyp
     """Lets networks run under autocast; what they return is float32, so that solvers work in it."""
     for network in networks:
         network.forward = convert_outputs_to_fp32(torch.autocast(device, dtype)(network.forward))
+
+
+def compile_frozen(networks: Iterable[torch.nn.Module]) -> None:
+    """Compiles networks for batches of one size, with their weights as constants."""
+    inductor_config.freezing = True
+    for network in networks:
+        network.forward = torch.compile(network.forward, dynamic=False)
 
 
 def compare(runs: Runs, steps: int, file: str) -> list[dict[str, Any]]:
@@ -251,6 +263,7 @@ def main() -> None:
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="let --batch divide --n")
     parser.add_argument("--distances", type=int, default=256, help="images whose distance is measured")
     parser.add_argument("--work", type=Path, default=Path("out/few"), help="what is measured")
     arguments = parser.parse_args()

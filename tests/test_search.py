@@ -255,6 +255,25 @@ def test_search_of_a_pipeline(tmp_path):
             Search(pipe, 4, **{**settings, **bad})
 
 
+def test_a_score_of_ones_own_needs_no_fine_solution_but_of_the_first_images(monkeypatch):
+    """All candidates are scored by it; nodes are moved and no step is fitted; batches are small."""
+    monkeypatch.setattr("diffaccel.samplers.searching.AT_ONCE", 2)
+    pipe, sizes = toy_pipe(), []
+
+    def off(images):
+        sizes.append(len(images))
+        return abs(float(images.mean()) - 0.6)
+
+    settings = {"conditions": [], "images": 5, "budget": 44, "batch": 4, "score": off}
+    search = Search(pipe, 4, **settings)
+    winner = search.run()
+    assert set(sizes) == {5, 10} and search.objective(0).batch == 2 and search.done == 44
+    assert len(search.polished) == 24 and not any(step.corrections for step in winner.steps)
+    best = min(score for score, _ in search.polished)
+    assert best <= search.candidates.best[0].score and search._trajectory.samples[0].shape[0] == 2
+    assert "_solution" not in vars(search.objective(0))
+
+
 def test_fitted_steps_are_nearer_to_the_fine_solution():
     """Also on other noise; the file has them, and with all corrections 0 it is the plain solver."""
     pipe = toy_pipe()

@@ -17,7 +17,7 @@ from ..pipelines import Inheritance
 from ..samplers.autodiffusion import LayerSearch
 from ..samplers.family import solver_of
 from ..samplers.inheriting import InheritanceSearch
-from ..samplers.objective import FrechetScore, Score, distance
+from ..samplers.objective import FrechetScore, Score
 from ..samplers.s3 import Search
 from ..samplers.schedule import Schedule, load_schedules
 from ..samplers.thinning import ThinnedSchedule
@@ -138,12 +138,12 @@ def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], w
     return found if rank == 0 else []
 
 
-def _score(settings: Settings) -> Score:
-    """Returns what scores the images of a candidate."""
+def _score(settings: Settings) -> Score | None:
+    """Returns what scores the images of a candidate; nothing for the distance to the fine solution."""
     if settings.objective not in OBJECTIVES:
         raise OptionError(f"no objective {settings.objective!r}; {closest(settings.objective, OBJECTIVES)}")
     if settings.objective == "distance":
-        return distance
+        return None
     if settings.reference is None:
         raise OptionError("the objective fd needs --reference, images or statistics; not those of the report")
     extractor = Extractor(protocol(settings.protocol), settings.device)

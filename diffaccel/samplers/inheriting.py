@@ -171,8 +171,9 @@ class InheritanceSpace(Space[Inheritance]):
 class SameSolver(Objective):
     """The score of a pattern's images; the fine solution is the same solver's with the whole network."""
 
-    def _fine(self, steps: int) -> Tensor:
-        return self.sampler(steps, self.batch)
+    def fine(self) -> Tensor:
+        """Returns the images of the whole network."""
+        return self.sampler(None, self.batch)
 
     def __call__(self, candidate: Any) -> float:
         """Returns the score of a pattern's images; infinite if they are not finite."""
@@ -241,7 +242,7 @@ class InheritanceSearch(PipelineSearch[Inheritance, InheritanceSpace]):
     def make_objective(self, conditions: Sequence[str], seed: int, count: int) -> Objective:
         """Returns the objective on some conditions and noise."""
         return SameSolver(
-            self.pipe, conditions, self.guidance, seed, count, self.images, self.steps, self.score
+            self.pipe, conditions, self.guidance, seed, count, self.at_once, self.steps, self.score
         )
 
     def make_space(self) -> InheritanceSpace:

@@ -4,6 +4,7 @@ The distance to the model's fine solution is some hundred times cheaper and smoo
 and needs no reference images; `FrechetScore` is for those who want the latter.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ..eval import Extractor, Statistics, collect, open_images
 from ..eval.sampler import Sampler
 from ..pipelines import accelerate
 from .family import solver_of
-from .fitting import FittingScheduler, RecordingScheduler
+from .fitting import FittingScheduler, RecordingScheduler, Trajectory
 from .grids import grid
 from .presets import solver_schedule
 from .schedule import Schedule
@@ -23,8 +24,8 @@ from .unified import UnifiedSolverScheduler
 
 __all__ = ["FrechetScore", "Objective", "Score", "distance", "fine_schedule"]
 
-Score = Callable[[Tensor, Tensor], float]
-"""Scores images (N, 3, H, W) in [0, 1], given those of the fine solution; less is better."""
+Score = Callable[[Tensor], float]
+"""Scores images (N, 3, H, W) in [0, 1]; less is better."""
 
 
 def distance(images: Tensor, fine: Tensor) -> float:
@@ -33,7 +34,7 @@ def distance(images: Tensor, fine: Tensor) -> float:
 
 
 class FrechetScore:
-    """The Fréchet distance of images to a reference; the fine solution is not looked at.
+    """The Fréchet distance of images to a reference; there is no need of a fine solution.
 
     It is biased by the number of images, equally for all candidates. Compare with the reference of the final
     report only if that is another one.
@@ -46,7 +47,7 @@ class FrechetScore:
     def __init__(self, extractor: Extractor, reference: Statistics) -> None:
         self.extractor, self.reference = extractor, reference.reference
 
-    def __call__(self, images: Tensor, fine: Tensor) -> float:
+    def __call__(self, images: Tensor) -> float:
         """Returns the distance."""
         found = collect(open_images(images.clamp(0, 1)), self.extractor)
         return float(found.frechet(self.reference).distance)
@@ -69,21 +70,29 @@ class Objective:
         count: The number of images.
         batch: Images a call; those that steps are fitted to must go through the network at once, the default.
         steps: The steps of the fine solution.
-        score: What scores the images.
+        score: What scores the images; None for their distance to the fine solution.
     """
 
     def __init__(self, pipe: Any, conditions: Sequence[str], guidance: float | None, seed: int, count: int,
-                 batch: int | None = None, steps: int = 100, score: Score = distance) -> None:  # fmt: skip
-        self.pipe, self.batch, self.score = pipe, batch or count, score
+                 batch: int | None = None, steps: int = 100, score: Score | None = None) -> None:  # fmt: skip
+        self.pipe, self.batch = pipe, batch or count
         self.sampler = Sampler(pipe, conditions[:count], steps, guidance, seed, count)
-        self.fine = self._fine(steps)
+        self.score = score or functools.partial(distance, fine=self.fine())
 
-    def _fine(self, steps: int) -> Tensor:
-        """Returns the images of the fine solution, and keeps its trajectory."""
+    def fine(self) -> Tensor:
+        """Returns the images of the fine solution, with shape (N, 3, H, W)."""
+        return self._solution[0]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The samples that the fine solution goes through."""
+        return self._solution[1]
+
+    @functools.cached_property
+    def _solution(self) -> tuple[Tensor, Trajectory]:
+        steps = self.sampler.steps
         solver = self._solver(fine_schedule(self.pipe, steps), RecordingScheduler)
-        images = self._images(solver, steps)
-        self.trajectory = solver.trajectory
-        return images
+        return self._images(solver, steps), solver.trajectory
 
     def _solver(self, schedule: Schedule, cls: Any = UnifiedSolverScheduler) -> Any:
         return solver_of(self.pipe.scheduler, cls, schedules=[schedule.to_dict()])
@@ -100,7 +109,7 @@ class Objective:
     def _score(self, images: Tensor) -> float:
         if not bool(images.isfinite().all()):
             return math.inf
-        score = self.score(images, self.fine)
+        score = self.score(images)
         return score if math.isfinite(score) else math.inf
 
     def __call__(self, candidate: Schedule | ThinnedSchedule) -> float:

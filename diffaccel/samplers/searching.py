@@ -27,6 +27,8 @@ Share = Callable[[list[Any], Callable[[Any], Any]], list[Any]]
 ENGINES = ("evolution", "optuna")
 TOP = 6
 """The candidates that are scored again."""
+AT_ONCE = 32
+"""The most images that go through the network at once, for a score that needs many."""
 
 
 @dataclass
@@ -38,15 +40,14 @@ class PipelineSearch(ABC, Generic[G, S]):
         evaluations: The number of the network's evaluations.
         conditions: Prompts or labels of all images.
         guidance: The guidance scale; None for the pipeline's own.
-        images: Images of the objective, which go through the network at once; a second and a third set of
-            others have twice as many.
+        images: Images of the objective; a second and a third set of others have twice as many.
         budget: Candidates to score.
         seed: Decides everything.
         batch: Candidates between two trainings of the ranking.
         file: Where the state is kept; None keeps none.
         writes: Whether this process keeps it; of several, one does.
         objectives: Objectives that a search with other evaluations but the same images has made, by number.
-        score: What scores a candidate's images.
+        score: What scores a candidate's images; None for their distance to the fine solution.
         engine: "evolution", or "optuna" (its sampler of trees of Parzen estimators), which is an extra.
     """
 
@@ -66,7 +67,7 @@ class PipelineSearch(ABC, Generic[G, S]):
     file: Path | None = None
     writes: bool = True
     objectives: dict[int, Objective] = field(default_factory=dict, repr=False)
-    score: Score = distance
+    score: Score | None = None
     engine: str = "evolution"
 
     def __post_init__(self) -> None:
@@ -136,6 +137,11 @@ class PipelineSearch(ABC, Generic[G, S]):
             self.objectives[part] = self.make_objective(conditions, seed, count)
         return self.objectives[part]
 
+    @property
+    def at_once(self) -> int:
+        """The images that go through the network at once: all that steps are fitted to."""
+        return self.images if self.score is None else min(self.images, AT_ONCE)
+
     def make_objective(self, conditions: Sequence[str], seed: int, count: int) -> Objective:
         """Returns the objective on some conditions and noise.
 
@@ -144,7 +150,7 @@ class PipelineSearch(ABC, Generic[G, S]):
             seed: The seed of the first image's noise.
             count: The number of images.
         """
-        return Objective(self.pipe, conditions, self.guidance, seed, count, self.images, score=self.score)
+        return Objective(self.pipe, conditions, self.guidance, seed, count, self.at_once, score=self.score)
 
     def run(self, advance: Callable[[int], None] = lambda count: None, share: Share | None = None) -> G:
         """Searches, scores the best again, and returns the winner with a report in its facts.
@@ -198,8 +204,9 @@ class PipelineSearch(ABC, Generic[G, S]):
 
     def _facts(self) -> dict[str, Any]:
         chosen = {name: getattr(self, name) for name in self.RECORDED}
+        score = self.score or distance
         return {**chosen, "family": family_of(self.pipe), "conditions": list(self.conditions),
-                "score": getattr(self.score, "__name__", type(self.score).__name__)}  # fmt: skip
+                "score": getattr(score, "__name__", type(score).__name__)}  # fmt: skip
 
     def save(self) -> None:
         """Writes the state, if there is a file for it."""
