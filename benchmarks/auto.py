@@ -17,7 +17,7 @@ import torch
 from kept import kept
 from scipy.stats import binomtest
 
-from diffaccel import accelerate, zoo
+from diffaccel import zoo
 from diffaccel.cli.generate import load
 from diffaccel.cli.tables import Lines, markdown
 from diffaccel.cli.tune import NoPlan, Settings, tune
@@ -25,6 +25,7 @@ from diffaccel.eval import Sampler, Timing, interleave, timed
 from diffaccel.eval.budget import SPEED, Budget, Judge
 from diffaccel.eval.provenance import machine, settings_digest, versions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.zoo.fashion import TEMPLATES
 from diffaccel.zoo.folders import quiet
 
@@ -61,11 +62,8 @@ class HeldOut:
         name = f"images-{self.arguments.n}-{settings_digest({'plan': text})[:12]}"
 
         def make() -> dict[str, Any]:
-            accelerate(self.pipe, [] if plan is None else str(plan))
-            try:
+            with attached(self.pipe, [] if plan is None else str(plan)):
                 made = self.sampler(None, self.arguments.batch).clamp(0, 1)
-            finally:
-                accelerate(self.pipe, None)
             run = sum(size * report.evaluated for size, report in self.sampler.reports) / len(made)
             return {"images": made.numpy(), "evaluated": run}
 
@@ -77,11 +75,8 @@ class HeldOut:
         batch, device = self.arguments.batch, torch.device(self.arguments.device)
 
         def task(accel: str | None) -> float:
-            accelerate(self.pipe, accel)
-            try:
+            with attached(self.pipe, accel):
                 return timed(lambda: self.sampler(None, batch, 0, batch), device)[1]
-            finally:
-                accelerate(self.pipe, None)
 
         tasks = [lambda: task(None), lambda: task(str(plan))]
         interleave(tasks, self.arguments.rounds, lambda turn, place, seconds: taken[place].append(seconds))

@@ -25,11 +25,10 @@ import transformers
 from described import described
 from torch.utils import _pytree as pytree
 
-from diffaccel import accelerate
 from diffaccel.errors import DiffaccelError
 from diffaccel.eval.provenance import versions
 from diffaccel.files import whole
-from diffaccel.pipelines import registry
+from diffaccel.pipelines import attached, registry
 from diffaccel.samplers.family import solver_of
 from diffaccel.samplers.grids import grid
 from diffaccel.samplers.paths import TrainingPath
@@ -80,15 +79,13 @@ def measure_class(name: str) -> dict[str, Any]:
 def _measure(pipe: Any, call: dict[str, Any], accel: str, plain: list[np.ndarray]) -> dict[str, Any]:
     """Returns what happened to a pipeline under one accelerator, which is taken off again."""
     try:
-        accelerate(pipe, specification(pipe, accel))
-        fast = _output(pipe, call)
-        report = pipe.accel.report
+        with attached(pipe, specification(pipe, accel)):
+            fast = _output(pipe, call)
+            report = pipe.accel.report
     except DiffaccelError as error:
         return {"status": "refused", "reason": _short(str(error), pipe, accel)}
     except Exception as error:
         return {"status": "crashed", "reason": described(error)}
-    finally:
-        accelerate(pipe, None)
     row = {
         "status": "runs" if report.updates and report.requested else "idle",
         "requested": report.requested,

@@ -16,12 +16,13 @@ from torch.nn.functional import avg_pool2d
 from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
-from diffaccel import DiffuseHighPipeline, accelerate, zoo
+from diffaccel import DiffuseHighPipeline, zoo
 from diffaccel.cli.reading import set_scheduler
 from diffaccel.eval.classifier import label_accuracy, labels_of_prompts
 from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.pipelines.diffusehigh_checks import parameters_of_call
 from diffaccel.pipelines.structure_guidance import sharpened, upsampled
 from diffaccel.pipelines.wavelets import dwt
@@ -71,15 +72,12 @@ class Runs:
     def climbed(self, options: dict[str, Any]) -> dict[str, Any]:
         """Returns both stages of DiffuseHigh."""
         rest, stages, work = {k: v for k, v in options.items() if k != "accel"}, [], []
-        accelerate(self.pipe, options.get("accel"))
-        try:
+        with attached(self.pipe, options.get("accel")):
             high = DiffuseHighPipeline.from_pipe(self.pipe)
             for call in self.batches():
                 result = high(**call, target_sizes=LARGE[0], **rest)
                 stages.append(result.stages)
                 work.append([report.evaluated for report in result.reports])
-        finally:
-            accelerate(self.pipe, None)
         small, large = (torch.cat(parts) for parts in zip(*stages, strict=True))
         return {
             "small": small.numpy(),

@@ -17,13 +17,14 @@ import torch
 from frechet import frechet_of
 from kept import kept
 
-from diffaccel import accelerate, zoo
+from diffaccel import zoo
 from diffaccel.cli.tables import Lines, markdown, shown
 from diffaccel.eval import Extractor, collect, open_images, protocol
 from diffaccel.eval.classifier import predict
 from diffaccel.eval.fidelity import as_bytes, mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.pipelines.autoregressive import ARStep
 from diffaccel.pipelines.disa import StepAnnealing
 from diffaccel.zoo.fashion import CLASSES
@@ -83,15 +84,13 @@ class Runs:
         """Returns the images of a row, as bytes, and the evaluations of its head an image."""
 
         def make() -> dict[str, Any]:
-            accelerate(self.pipe, accel if accel is not None else StepAnnealing(HEAD_STEPS, HEAD_STEPS))
-            try:
-                parts, counts = [], []
+            parts, counts = [], []
+            whole_head = StepAnnealing(HEAD_STEPS, HEAD_STEPS)
+            with attached(self.pipe, accel if accel is not None else whole_head):
                 for first in range(0, len(self.numbers), self.batch):
                     parts.append(self._sample(steps, first, min(first + self.batch, len(self.numbers))))
                     counts.append(self.pipe.accel.report.counts["head"].evaluated)
-                return {"pixels": as_bytes(torch.cat(parts)).numpy(), "head": np.mean(counts)}
-            finally:
-                accelerate(self.pipe, None)
+            return {"pixels": as_bytes(torch.cat(parts)).numpy(), "head": np.mean(counts)}
 
         return kept(self.work / f"{steps}-{name.replace(' ', '-')}.npz", make)
 
@@ -121,11 +120,10 @@ class Runs:
         taken: dict[str, list[float]] = {name: [] for name in rows}
         for _ in range(rounds):
             for name, accel in rows.items():
-                accelerate(self.pipe, accel)
-                begin = time.perf_counter()
-                self._sample(steps, 0, 16)
-                taken[name].append((time.perf_counter() - begin) / 16)
-                accelerate(self.pipe, None)
+                with attached(self.pipe, accel):
+                    begin = time.perf_counter()
+                    self._sample(steps, 0, 16)
+                    taken[name].append((time.perf_counter() - begin) / 16)
         return {name: statistics.median(values) for name, values in taken.items()}
 
 

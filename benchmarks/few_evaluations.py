@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from accelerate.utils import convert_outputs_to_fp32
 from frechet import frechet_of
 from kept import kept
 
-from diffaccel import accelerate, zoo
+from diffaccel import zoo
 from diffaccel.cli.reading import set_scheduler
 from diffaccel.cli.tables import Lines, markdown, shown
 from diffaccel.errors import DiffaccelError
@@ -34,6 +34,7 @@ from diffaccel.eval.fidelity import mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.pipelines.run import denoisers_of
 from diffaccel.samplers import Schedule, solver_schedule
 from diffaccel.samplers.family import solver_of
@@ -59,6 +60,9 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
     ("LMSDiscrete", {"timestep_spacing": "trailing"}),
 ]
 """diffusers' deterministic schedulers with one evaluation a step, on the grid that serves them best."""
+
+OURS = ("S3", "S3 by FD")
+"""The rows of searched schedules: by the distance to the fine solution, and by the Fréchet distance."""
 
 
 class Runs:
@@ -110,11 +114,8 @@ class Runs:
         """Returns the scores of the searched schedule."""
 
         def make() -> dict[str, Any]:
-            accelerate(self.pipe, f"s3:{file}" if file else "s3")
-            try:
+            with attached(self.pipe, f"s3:{file}" if file else "s3"):
                 return self.score(self.sampler(steps, self.batch))
-            finally:
-                accelerate(self.pipe, None)
 
         schedules = fitting(self.pipe, file)
         text = json.dumps([schedule.to_dict() for schedule in schedules if schedule.evaluations == steps])
@@ -165,10 +166,11 @@ def compile_frozen(networks: Iterable[torch.nn.Module]) -> None:
         network.forward = torch.compile(network.forward, dynamic=False)
 
 
-def compare(runs: Runs, steps: int, file: str) -> list[dict[str, Any]]:
-    """Returns the rows of one number of evaluations, S3 first."""
-    ours = runs.s3(steps, file)
-    rows = [row_of("S3", steps, ours, ours)]
+def compare(runs: Runs, steps: int, files: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the rows of one number of evaluations, those of S3 first."""
+    ours = [runs.s3(steps, file) for file in files
+            if steps in {schedule.evaluations for schedule in fitting(runs.pipe, file)}]  # fmt: skip
+    rows = [row_of(label, steps, own, ours) for label, own in zip(OURS, ours, strict=False)]
     rows += [row_of(f"{solver} on GITS' grid", steps, runs.gits(steps, solver), ours)
              for solver in ("dpm++2m", "unipc2")]  # fmt: skip
     for name, options in SCHEDULERS:
@@ -185,16 +187,17 @@ def label_of(name: str, options: dict[str, Any]) -> str:
     return ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
 
 
-def row_of(label: str, steps: int, found: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row as plain data; the difference is this one minus S3, paired."""
-    h, difference = found["influence"], found["influence"] - ours["influence"]
+def row_of(label: str, steps: int, found: dict[str, Any], ours: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a row as plain data; the differences are this one minus those of S3, paired."""
+    h = found["influence"]
     row = {
         "label": label, "evaluations": steps, "rms": found["rms"],
         "fd": {"value": found["fd"], "se": mean_estimate(h).se},
-        "fd_minus_s3": {"value": found["fd"] - ours["fd"], "se": mean_estimate(difference).se},
+        "fd_minus": [{"value": found["fd"] - own["fd"], "se": mean_estimate(h - own["influence"]).se}
+                     for own in ours],
     }  # fmt: skip
-    distances = f"FD {shown(row['fd'])}  - S3 {shown(row['fd_minus_s3'], True)}"
-    print(f"{steps} {label:60} rms {row['rms']:.4f}  {distances}", flush=True)
+    differences = " ".join(shown(difference, True) for difference in row["fd_minus"])
+    print(f"{steps} {label:60} rms {row['rms']:.4f}  FD {shown(row['fd'])}  - S3 {differences}", flush=True)
     return row
 
 
@@ -226,8 +229,9 @@ def _table(steps: int, rows: list[dict[str, Any]]) -> str:
     known = [row for row in known if math.isfinite(row["rms"])]
     broken = [row["label"] for row in rows if not math.isfinite(row["rms"])]
     best = min(known, key=lambda row: row["rms"])
-    head = [f"{steps} evaluations", "RMS to the fine solution", "FD", "FD - S3's, paired"]
-    cells = [[row["label"], f"{row['rms']:.4f}", shown(row["fd"]), shown(row["fd_minus_s3"], True)]
+    head = [f"{steps} evaluations", "RMS to the fine solution", "FD"]
+    head += [f"FD - that of {label}, paired" for label, _ in zip(OURS, ours["fd_minus"], strict=False)]
+    cells = [[row["label"], f"{row['rms']:.4f}", shown(row["fd"]), *(shown(d, True) for d in row["fd_minus"])]
              for row in sorted(rows, key=lambda row: row["rms"]) if math.isfinite(row["rms"])]  # fmt: skip
     part = 100 * ours["rms"] / best["rms"]
     text = f"S3's distance is {part:.0f} % of that of the best of diffusers' schedulers, {best['label']}."
@@ -241,7 +245,7 @@ def measure(arguments: argparse.Namespace) -> None:
     runs = Runs(arguments)
     rows: list[dict[str, Any]] = []
     for steps in arguments.nfe:
-        rows += compare(runs, steps, arguments.file)
+        rows += compare(runs, steps, [arguments.file, *arguments.fd])
         record = {
             "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
             "dtype": arguments.dtype, "distances": runs.distances, "rows": rows, "protocol": "fashion",
@@ -261,6 +265,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
+    parser.add_argument("--fd", nargs=1, default=[], help="schedules that were searched by the distance FD")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="let --batch divide --n")

@@ -15,7 +15,7 @@ from frechet import frechet_of
 from kept import kept
 from torch import Tensor
 
-from diffaccel import APG, accelerate, zoo
+from diffaccel import APG, zoo
 from diffaccel.cli.reading import set_scheduler
 from diffaccel.cli.tables import Lines, markdown, shown
 from diffaccel.eval import Extractor, Sampler, collect, open_images, prdc, protocol
@@ -23,6 +23,7 @@ from diffaccel.eval.classifier import accuracy_of, labels_of_prompts, predict
 from diffaccel.eval.fidelity import as_bytes, mean_estimate
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.zoo.folders import quiet
 
 FOLDER, MODEL, SEED, STEPS = Path(__file__).parent, "tiny-fashion-sd", 500_000_000, 20
@@ -73,12 +74,9 @@ class Runs:
         """Returns the images of a method at a scale, as bytes (N, 3, H, W)."""
 
         def make() -> dict[str, Any]:
-            accelerate(self.pipe, METHODS[method])
-            try:
+            with attached(self.pipe, METHODS[method]):
                 sampler = Sampler(self.pipe, self.prompts, STEPS, scale, SEED, self.count)
                 return {"pixels": as_bytes(sampler(STEPS, self.batch)).numpy()}
-            finally:
-                accelerate(self.pipe, None)
 
         file = self.work / f"{list(METHODS).index(method)}-{scale:g}.npz"
         return torch.from_numpy(kept(file, make)["pixels"])

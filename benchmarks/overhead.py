@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from paired import paired
 
-from diffaccel import accelerate, zoo
+from diffaccel import zoo
 from diffaccel.eval.provenance import machine, versions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.zoo.folders import quiet
 
 FOLDER = Path(__file__).parent
@@ -53,14 +54,11 @@ def setting(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
 
 def seconds(pipe: Any, call: dict[str, Any], accel: Any, steps: int) -> float:
     """Returns the processor time of one call; attaching and detaching are not part of it."""
-    accelerate(pipe, accel)
     generator = torch.Generator().manual_seed(0)
-    begin = time.process_time()
-    with torch.no_grad():
+    with attached(pipe, accel), torch.no_grad():
+        begin = time.process_time()
         pipe(num_inference_steps=steps, generator=generator, **call)
-    taken = time.process_time() - begin
-    accelerate(pipe, None)
-    return taken
+        return time.process_time() - begin
 
 
 def compare(pipe: Any, call: dict[str, Any], accel: Any, steps: int, pairs: int) -> dict[str, float]:

@@ -4,8 +4,8 @@ A trial is a short call as shipped, by the public interface alone, and one with 
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from paired import paired
 from peer_methods import PEERS, NothingToDo, Subject
 from torch import Tensor
 
-from diffaccel import accelerate
 from diffaccel.eval import count_flops
+from diffaccel.pipelines import attached
 
-__all__ = ["attached", "costs", "trials"]
+__all__ = ["costs", "trials"]
 
 STEPS = 10
 """The steps of a trial; there are searched schedules for as many."""
@@ -32,16 +32,6 @@ TRIED: dict[str, tuple[Any, Any]] = {
 """Our accelerators by name: as they are tried, and with options with which they save nothing."""
 
 Attach = Callable[[], AbstractContextManager[None]]
-
-
-@contextmanager
-def attached(pipe: Any, spec: Any) -> Iterator[None]:
-    """Attaches accelerators of ours to a pipeline inside the block."""
-    accelerate(pipe, spec)
-    try:
-        yield
-    finally:
-        accelerate(pipe, None)
 
 
 def trials(subject: Subject, call: Callable[[], Tensor]) -> list[dict[str, Any]]:

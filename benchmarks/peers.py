@@ -31,7 +31,7 @@ from described import described
 from frechet import frechet_of
 from peer_methods import PEERS, Subject
 from peer_models import SHAPES, shape
-from peer_trials import STEPS, attached, costs, trials
+from peer_trials import STEPS, costs, trials
 from torch import Tensor
 
 from diffaccel import zoo
@@ -55,7 +55,7 @@ from diffaccel.eval.provenance import machine, plain, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
 from diffaccel.kept import kept_arrays
-from diffaccel.pipelines import resolve
+from diffaccel.pipelines import attached, resolve
 from diffaccel.pipelines.accelerator import tag
 from diffaccel.zoo.folders import quiet
 

@@ -22,7 +22,7 @@ from diffaccel import (
     UnsupportedPipeline,
     accelerate,
 )
-from diffaccel.pipelines import install, option, registry, resolve
+from diffaccel.pipelines import attached, install, option, registry, resolve
 from diffaccel.pipelines.accelerator import tag
 
 
@@ -118,6 +118,20 @@ def test_to_sets_keeps_and_removes():
     assert pipe.to(accel=None) is pipe and not hasattr(pipe, "accel")
     assert pipe.to(accel=None) is pipe, "removing twice is fine"
     assert accelerate(pipe, "sada").accel.stack[0].name == "sada"
+
+
+@pytest.mark.parametrize("before", [None, "reuse"])
+def test_a_block_leaves_the_stack_that_was_there(before):
+    pipe = fresh("ddim").to(accel=before)
+    state, cls = dict(vars(pipe)), type(pipe)
+    with attached(pipe, "sada") as inside:
+        assert inside is pipe and pipe.accel.stack[0].name == "sada"
+    with pytest.raises(KeyError), attached(pipe, None):
+        assert not hasattr(pipe, "accel")
+        raise KeyError
+    with pytest.raises(UnknownAccelerator), attached(pipe, "nonsense"):
+        pass
+    assert vars(pipe) == state and type(pipe) is cls
 
 
 def test_an_error_of_the_functional_form_leaves_the_pipeline_too():

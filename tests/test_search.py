@@ -256,7 +256,7 @@ def test_search_of_a_pipeline(tmp_path):
 
 
 def test_a_score_of_ones_own_needs_no_fine_solution_but_of_the_first_images(monkeypatch):
-    """All candidates are scored by it; nodes are moved and no step is fitted; batches are small."""
+    """All candidates are scored by it; steps are fitted to those images; batches are small."""
     monkeypatch.setattr("diffaccel.samplers.searching.AT_ONCE", 2)
     pipe, sizes = toy_pipe(), []
 
@@ -267,10 +267,9 @@ def test_a_score_of_ones_own_needs_no_fine_solution_but_of_the_first_images(monk
     settings = {"conditions": [], "images": 5, "budget": 44, "batch": 4, "score": off}
     search = Search(pipe, 4, **settings)
     winner = search.run()
-    assert set(sizes) == {5, 10} and search.objective(0).batch == 2 and search.done == 44
-    assert len(search.polished) == 24 and not any(step.corrections for step in winner.steps)
-    best = min(score for score, _ in search.polished)
-    assert best <= search.candidates.best[0].score and search._trajectory.samples[0].shape[0] == 2
+    assert set(sizes) == {5, 10} and search.objective(0).batch == 2 and 40 < search.done <= 44
+    assert any(any(step.corrections) for _, schedule in search.polished for step in schedule.steps)
+    assert math.isfinite(winner.facts["held_out"]) and search._teacher.trajectory.samples[0].shape[0] == 2
     assert "_solution" not in vars(search.objective(0))
 
 

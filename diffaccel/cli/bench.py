@@ -22,7 +22,7 @@ from ..eval import (
 )
 from ..eval.provenance import machine, plain, versions
 from ..eval.sampler import Sampler, default_conditions, device_of
-from ..pipelines import accelerate
+from ..pipelines import attached
 from ..zoo.folders import quiet
 from .figures import draw_grid
 from .generate import load
@@ -124,11 +124,8 @@ class Bench:
             row: The row.
             plainly: The stack of a plain row: None, or an empty one for its report.
         """
-        accelerate(self.pipe, self.specs[row.name] if row.kind == "accelerated" else plainly)
-        try:
+        with attached(self.pipe, self.specs[row.name] if row.kind == "accelerated" else plainly):
             return self.sampler(row.steps, self.settings.batch)
-        finally:
-            accelerate(self.pipe, None)
 
     def warm_up(self, advance: Callable[[], None]) -> None:
         """Runs every accelerator once, which tells the fewer steps to compare with; then those."""

@@ -13,7 +13,7 @@ import diffusers
 import torch
 
 from ..errors import OptionError, closest
-from ..pipelines import accelerate, resolve
+from ..pipelines import attached, resolve
 from ..zoo.folders import quiet
 
 __all__ = [
@@ -86,7 +86,7 @@ def check_stacks(texts: Sequence[str], pipe: Any = None) -> None:
 
     Arguments:
         texts: Stacks, with or without steps.
-        pipe: The pipeline, which is left plain.
+        pipe: The pipeline, which is left as it is.
 
     Raises:
         DiffaccelError: If a stack is unknown, impossible, or not for this pipeline.
@@ -96,7 +96,8 @@ def check_stacks(texts: Sequence[str], pipe: Any = None) -> None:
         if pipe is None:
             resolve(spec)
         else:
-            accelerate(accelerate(pipe, spec), None)
+            with attached(pipe, spec):
+                pass
 
 
 def _read_one(text: str, what: str = "--accel") -> Any:

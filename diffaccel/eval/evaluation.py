@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from ..files import whole
-from ..pipelines import accelerate
+from ..pipelines import attached
 from .classifier import labels_of_prompts, load_classifier, predict
 from .fidelity import Pairs
 from .images import digest, to_bytes
@@ -113,11 +113,8 @@ class Evaluation:
         return result
 
     def _sample(self, method: Method, numbers: range) -> Tensor:
-        accelerate(self.pipe, [] if method.spec is None else method.spec)
-        try:
+        with attached(self.pipe, [] if method.spec is None else method.spec):
             return self.sampler(method.steps, len(numbers), numbers.start, numbers.stop)
-        finally:
-            accelerate(self.pipe, None)
 
     def _cost(self, numbers: range) -> dict[str, Tensor]:
         """Returns evaluations asked for and run (the latter summed over the images)."""

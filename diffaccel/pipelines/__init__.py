@@ -4,7 +4,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .accelerator import Accelerator, option, registry, resolve
 from .apg import APG
-from .attach import Accel, accelerate, install
+from .attach import Accel, accelerate, attached, install
 from .autoregressive import ARStep
 from .condition_experts import ConditionExperts
 from .diffusehigh import DiffuseHighOutput, DiffuseHighPipeline
@@ -50,6 +50,7 @@ __all__ = [
     "StepAnnealing",
     "Update",
     "accelerate",
+    "attached",
     "image_reward",
     "install",
     "option",

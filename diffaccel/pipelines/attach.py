@@ -4,9 +4,10 @@ The pipeline object gets a subclass of its own class, of the same name, whose ``
 class of diffusers is changed but for the one function ``to``, and between calls no component is touched.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from .accelerator import Accelerator, resolve, tag
@@ -14,7 +15,7 @@ from .gates import outside
 from .report import Report
 from .run import Run, check_stack
 
-__all__ = ["Accel", "accelerate", "install"]
+__all__ = ["Accel", "accelerate", "attached", "install"]
 
 P = TypeVar("P")
 _UNSET: Any = object()
@@ -66,6 +67,28 @@ def accelerate(pipe: P, accel: Any) -> P:
     pipe.__dict__["_diffaccel"] = Accel(stack)
     pipe.__class__ = _accelerated(_base(pipe))
     return pipe
+
+
+@contextlib.contextmanager
+def attached(pipe: P, accel: Any) -> Iterator[P]:
+    """Sets the stack of accelerators of a pipeline inside a block, which leaves it as it was before.
+
+    Arguments:
+        pipe: The pipeline.
+        accel: What `accelerate` takes; None for a plain pipeline inside the block.
+
+    Raises:
+        DiffaccelError: As `accelerate` does, and then the block is not entered.
+    """
+    before, accel_before = pipe.__class__, pipe.__dict__.get("_diffaccel")
+    accelerate(pipe, accel)
+    try:
+        yield pipe
+    finally:
+        accelerate(pipe, None)
+        pipe.__class__ = before
+        if accel_before is not None:
+            pipe.__dict__["_diffaccel"] = accel_before
 
 
 def install(cls: type) -> None:

@@ -23,7 +23,7 @@ def lagrange_weights(nodes: np.ndarray, at: float) -> np.ndarray:
             for k in range(len(nodes)):
                 if k != j:
                     weights[j] *= (at - nodes[k]) / (nodes[j] - nodes[k])
-    return np.nan_to_num(weights, posinf=0.0, neginf=0.0)
+    return np.where(np.isfinite(weights), weights, 0.0)
 
 
 def mix(weights: np.ndarray, values: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class History:
             shifted = select(fresh, self.values.roll(-1, 0).transpose(0, 1), self.values.transpose(0, 1))
             self.values = shifted.transpose(0, 1).contiguous()
             self.values[-1] = select(rows, value, self.values[-1])
-        self.nodes[:, fresh] = np.roll(self.nodes[:, fresh], -1, 0)
+        self.nodes[:-1, fresh] = self.nodes[1:, fresh]
         self.nodes[-1, rows] = coordinate
 
     def predict(self, coordinate: float, order: int) -> Tensor:

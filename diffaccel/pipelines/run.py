@@ -367,8 +367,10 @@ class Run:
             return index
         if hasattr(self.scheduler, "index_for_timestep"):
             return int(self.scheduler.index_for_timestep(timestep))
-        value = float(torch.as_tensor(timestep).flatten()[0])
-        matches = [i for i, known in enumerate(self.scheduler.timesteps.tolist()) if known == value]
+        value, timesteps = float(torch.as_tensor(timestep).flatten()[0]), self.scheduler.timesteps
+        if self._index + 1 < len(timesteps) and float(timesteps[self._index + 1]) == value:
+            return self._index + 1
+        matches = [i for i, known in enumerate(timesteps.tolist()) if known == value]
         later = [index for index in matches if index > self._index]  # PNDM repeats a timestep
         return (later or matches or [self._index + 1])[0]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import OptionError, UnsupportedPipeline
 from ..eval.cost import flops_by_module
-from ..pipelines import Inherit, Inheritance, accelerate
+from ..pipelines import Inherit, Inheritance, attached
 from ..pipelines.inheritance import computed_steps
 from ..pipelines.levels import Parts, parts_of
 from ..pipelines.run import denoisers_of
@@ -177,11 +177,8 @@ class SameSolver(Objective):
 
     def __call__(self, candidate: Any) -> float:
         """Returns the score of a pattern's images; infinite if they are not finite."""
-        accelerate(self.pipe, Inherit.of(candidate))
-        try:
+        with attached(self.pipe, Inherit.of(candidate)):
             return self._score(self.sampler(None, self.batch))
-        finally:
-            accelerate(self.pipe, None)
 
 
 def set_costs(objective: Objective, parts: Parts, sets: Sequence[Names]) -> dict[Names, float]:
@@ -197,11 +194,8 @@ def set_costs(objective: Objective, parts: Parts, sets: Sequence[Names]) -> dict
     root = type(getattr(network, "_orig_mod", network)).__name__
 
     def run(accelerator: Any) -> tuple[dict[str, int], Any]:
-        accelerate(pipe, accelerator)
-        try:
+        with attached(pipe, accelerator):
             return flops_by_module(lambda: objective.sampler(TRIAL_STEPS, 1, 0, 1)), pipe.accel.report
-        finally:
-            accelerate(pipe, None)
 
     whole, report = run(Inherit(every=1))
     if parts.changes:
@@ -258,10 +252,9 @@ class InheritanceSearch(PipelineSearch[Inheritance, InheritanceSpace]):
         least, count = (0 if parts.changes else 1), len(parts.stages[self.level])
         menu = [parts.inside(self.level, outer) for outer in range(least, count)]
         objective = self.objective(0)
-        accelerate(self.pipe, Inherit(every=1))
-        objective.sampler(self.steps, 1, 0, 1)
-        updates = self.pipe.accel.report.updates
-        accelerate(self.pipe, None)
+        with attached(self.pipe, Inherit(every=1)):
+            objective.sampler(self.steps, 1, 0, 1)
+            updates = self.pipe.accel.report.updates
         return InheritanceSpace(updates, self.evaluations, menu, set_costs(objective, parts, menu))
 
     def known(self) -> dict[str, Inheritance]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..eval import Extractor, Statistics, collect, open_images
 from ..eval.sampler import Sampler
-from ..pipelines import accelerate
+from ..pipelines import attached
 from .family import solver_of
 from .fitting import FittingScheduler, RecordingScheduler, Trajectory
 from .grids import grid
@@ -116,11 +116,8 @@ class Objective:
         """Returns the score of a candidate's images; infinite if they are not finite."""
         if isinstance(candidate, Schedule):
             return self._score(self._images(self._solver(candidate), candidate.evaluations))
-        accelerate(self.pipe, AutoDiffusion.of(candidate))
-        try:
+        with attached(self.pipe, AutoDiffusion.of(candidate)):
             return self._score(self.sampler(candidate.schedule.evaluations, self.batch))
-        finally:
-            accelerate(self.pipe, None)
 
     def fit(self, schedule: Schedule) -> tuple[float, Schedule]:
         """Fits the steps of a schedule to the fine solution; returns the score then, and the schedule."""

@@ -1,9 +1,7 @@
 """S3: the search for the schedule of a model and a number of evaluations.
 
 The first part of the budget goes to the published search over decisions. The second part is ours: the nodes
-of the best schedules are moved by CMA-ES, and each candidate's steps are fitted to the model (`fitting`). If
-the score is another one than the distance to the fine solution, which steps are fitted to, nodes are moved
-only.
+of the best schedules are moved by CMA-ES, and each candidate's steps are fitted to the model (`fitting`).
 
 Left out of the published method: the starting node and the stencil's points are not searched (they are data
 of a `Schedule` and can be given by hand); the network's skip connections are not scaled.
@@ -13,6 +11,7 @@ References:
     | https://arxiv.org/abs/2312.07243
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -20,7 +19,6 @@ from typing import Any, ClassVar
 from ..cma_engine import cma_library
 from ..errors import OptionError
 from .family import solver_of
-from .fitting import Trajectory
 from .gits import gits_grids
 from .objective import Objective
 from .presets import solver_schedule
@@ -41,9 +39,8 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
     """One search; its other arguments are those of `PipelineSearch`.
 
     Arguments:
-        fitting: The part of the budget for moved nodes and fitted steps, in generations of ``batch``.
-
-    A score of one's own sees the fine solution of the first images only, as GITS' grids need it.
+        fitting: The part of the budget for moved nodes and fitted steps, in generations of ``batch``. With a
+            ``score`` of one's own, steps are fitted to the fine solution of the first images only.
     """
 
     RECORDED: ClassVar[tuple[str, ...]] = (*PipelineSearch.RECORDED, "fitting")
@@ -66,22 +63,27 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
     def make_space(self) -> ScheduleSpace:
         """Returns the schedules of this number of evaluations, grids of GITS among the seeds."""
         path = solver_of(self.pipe.scheduler).path
-        grids = gits_grids(self._trajectory, path, self.evaluations)
+        grids = gits_grids(self._teacher.trajectory, path, self.evaluations)
         return ScheduleSpace(path, self.evaluations, warm=grids)
 
-    @property
-    def _trajectory(self) -> Trajectory:
-        """The samples that the fine solution goes through, of the first images."""
+    @functools.cached_property
+    def _teacher(self) -> Objective:
+        """What has the fine solution that steps are fitted to."""
         if self.score is None:
-            return self.objective(0).trajectory
+            return self.objective(0)
         first = self.objective(0).sampler
-        return Objective(self.pipe, first.conditions, first.guidance, first.seed, self.at_once).trajectory
+        return Objective(self.pipe, first.conditions, first.guidance, first.seed, self.at_once)
+
+    def _fitted(self, schedule: Schedule) -> tuple[float, Schedule]:
+        """Returns the score of a schedule with fitted steps, and the schedule."""
+        score, fitted = self._teacher.fit(schedule)
+        return (score if self.score is None else self.objective(0)(fitted)), fitted
 
     @property
     def searched(self) -> int:
         """What is left by the generations of CMA-ES, which are whole."""
         polished = round(self.fitting * self.budget)
-        starts = min(TOP, polished) if self.score is None else 0
+        starts = min(TOP, polished)
         return self.budget - starts - (polished - starts) // self.batch * self.batch
 
     @property
@@ -94,25 +96,21 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
 
         What a former run has scored is told to CMA-ES again, which makes the same candidates again.
         """
-        budget, objective = self.budget - self.searched, self.objective(0)
-        if self.score is not None:
-            best = self.candidates.best[0].candidate
-            self._move(best, 0, budget // self.batch, lambda moved: (objective(moved), moved), share, advance)
-            return self.polished
+        budget = self.budget - self.searched
         starts = self._starts(min(TOP, budget))
         results = self.polished[: len(starts)]
         if starts and len(results) < len(starts):
-            results = share(starts, objective.fit)
+            results = share(starts, self._fitted)
             self._keep(results, advance)
         left = budget - len(starts)
         if not results or left < self.batch:
             return self.polished
         best = min(results, key=lambda result: result[0])[1]
-        self._move(best, len(starts), left // self.batch, objective.fit, share, advance)
+        self._move(best, len(starts), left // self.batch, share, advance)
         return self.polished
 
-    def _move(self, best: Schedule, done: int, generations: int, score: Callable[[Schedule], Any],
-              share: Share, advance: Callable[[int], None]) -> None:  # fmt: skip
+    def _move(self, best: Schedule, done: int, generations: int, share: Share,
+              advance: Callable[[int], None]) -> None:  # fmt: skip
         """Moves the nodes of a schedule; ``done`` candidates were polished before."""
         strategy = cma_library().CMAEvolutionStrategy(
             [0.0] * (len(best.sigmas) - 2), WIDTH,
@@ -122,7 +120,7 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
             moves = strategy.ask()
             known = self.polished[done : done + len(moves)]
             if len(known) < len(moves):
-                known = share([self.space.moved(best, move) for move in moves], score)
+                known = share([self.space.moved(best, move) for move in moves], self._fitted)
                 self._keep(known, advance)
             strategy.tell(moves, [min(distance, 1e3) for distance, _ in known])
             done += len(moves)

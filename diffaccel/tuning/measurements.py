@@ -17,7 +17,7 @@ from ..eval.provenance import settings_digest
 from ..eval.sampler import Sampler, device_of
 from ..files import whole
 from ..kept import kept_arrays
-from ..pipelines import accelerate
+from ..pipelines import attached
 from ..pipelines.accelerator import Accelerator, Proceed
 from ..pipelines.run import Evaluation
 from .auto import shape_of
@@ -136,11 +136,8 @@ class Measurements:
 
     def _run(self, stack: Any, steps: int, numbers: range) -> tuple[Tensor, float]:
         """Returns images, and evaluations an image."""
-        accelerate(self.pipe, stack)
-        try:
+        with attached(self.pipe, stack):
             images = self.sampler(steps, self.batch, numbers.start, numbers.stop).clamp(0, 1)
-        finally:
-            accelerate(self.pipe, None)
         evaluated = sum(size * report.evaluated for size, report in self.sampler.reports) / len(numbers)
         return images, evaluated
 
@@ -168,12 +165,9 @@ class Measurements:
             candidate: The candidate.
             count: The number of images.
         """
-        accelerate(self.pipe, None if candidate is None else candidate.spec)
         steps = self.sampler.steps if candidate is None else candidate.steps
-        try:
+        with attached(self.pipe, None if candidate is None else candidate.spec):
             return timed(lambda: self.sampler(steps, self.batch, 0, count), self.device)[1]
-        finally:
-            accelerate(self.pipe, None)
 
 
 def folder_of(root: Path, facts: dict[str, Any]) -> Path:
