@@ -16,12 +16,13 @@ from diffaccel import zoo
 from diffaccel.distill import trial
 from diffaccel.distill.adapters import add_lora, lora_parameters
 from diffaccel.distill.card import Card
-from diffaccel.distill.export import GUIDANCE_KEY, STEPS_KEY, export, export_lora
+from diffaccel.distill.export import export, export_lora
 from diffaccel.distill.grid import Calls, Grid, scheduler_for
 from diffaccel.distill.students import prune, student_like
 from diffaccel.errors import ModelError, OptionError, UnsupportedPipeline, UnsupportedScheduler
 from diffaccel.noise import path_of, probe
 from diffaccel.pipelines import accelerate
+from diffaccel.pipelines.identity import GUIDANCE_KEY, STEPS_KEY
 from diffaccel.samplers import FixedGridScheduler
 
 CARD = {"teacher": "somebody/teacher", "method": "rectified flow", "data": "Some pictures.",

@@ -20,6 +20,7 @@ from ..errors import ModelError, OptionError, UnsupportedPipeline, closest
 from ..eval.sampler import device_of
 from ..files import read_object, whole_folder
 from ..pipelines import NoiseExperts
+from ..pipelines.identity import GUIDANCE_KEY, STEPS_KEY
 from ..pipelines.routed import Routed
 from ..pipelines.run import denoisers_of
 from ..pipelines.unguided import NULL_LABEL
@@ -33,13 +34,7 @@ from .fixed_guidance import ignores_guidance
 from .grid import Calls, Grid, fixed_grid, scheduler_for
 from .trial import Student, cast, compare, images, in_training, with_network, with_parts
 
-__all__ = ["GUIDANCE_KEY", "STEPS_KEY", "Grid", "amend", "export", "export_lora", "scheduler_for"]
-
-GUIDANCE_KEY = "_guidance_scale"
-"""In the configuration of a student's scheduler: the guidance scale to call the pipeline with."""
-
-STEPS_KEY = "_trained_steps"
-"""In the configuration of a student's scheduler: the numbers of steps that were trained."""
+__all__ = ["Grid", "amend", "export", "export_lora", "scheduler_for"]
 
 _CONFIGURATIONS = ("model_index.json", "config.json", "scheduler_config.json")
 

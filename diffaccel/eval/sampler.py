@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DiffaccelError, OptionError, closest
+from ..pipelines.identity import GUIDANCE_KEY
 from ..pipelines.run import denoisers_of
 
 __all__ = ["Sampler", "default_conditions", "device_of", "refusals"]
@@ -62,7 +63,7 @@ class Sampler:
         if guidance is not None and "guidance_scale" not in known:
             raise OptionError(f"{name} takes no guidance")
         if guidance is None and "guidance_scale" in known:
-            guidance = pipe.scheduler.config.get("_guidance_scale", known["guidance_scale"].default)
+            guidance = pipe.scheduler.config.get(GUIDANCE_KEY, known["guidance_scale"].default)
         self.guidance = guidance
         if self.kind == "batch_size" and self.conditions:
             raise OptionError(f"{name} takes no prompt; it is unconditional")

@@ -1,4 +1,4 @@
-"""What tells one denoiser from another: its class, and a digest of its configuration."""
+"""What tells one model from another: its denoiser, and for a student what it was trained for."""
 
 import hashlib
 import json
@@ -8,7 +8,13 @@ from typing import Any
 from ..errors import UnsupportedPipeline
 from .run import denoisers_of
 
-__all__ = ["differs_from", "identity_of"]
+__all__ = ["GUIDANCE_KEY", "STEPS_KEY", "differs_from", "identity_of"]
+
+GUIDANCE_KEY = "_guidance_scale"
+"""In the configuration of a student's scheduler: the guidance scale to call the pipeline with."""
+
+STEPS_KEY = "_trained_steps"
+"""In the configuration of a student's scheduler: the numbers of steps that were trained."""
 
 
 def identity_of(pipe: Any) -> dict[str, str]:

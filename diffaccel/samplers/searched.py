@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..errors import UnsupportedPipeline
 from ..pipelines.accelerator import option
+from ..pipelines.identity import STEPS_KEY
 from .family import SolverAccelerator, family_of, solver_of
 from .schedule import Schedule, ScheduleError, load_schedules
 
@@ -34,7 +35,7 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
         ScheduleError: If the file cannot be read, or none of its schedules is for the model's path.
         UnsupportedPipeline: If no shipped schedule is for the model, as none is for a distilled one.
     """
-    trained = getattr(pipe.scheduler, "config", {}).get("_trained_steps")
+    trained = getattr(pipe.scheduler, "config", {}).get(STEPS_KEY)
     if trained and not file:
         raise UnsupportedPipeline(
             f"this {type(pipe).__name__} is a student, trained for {', '.join(map(str, trained))} steps of "
