@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from test_sada import VP, Loop, flow_toy, noise, plain, rms, skips, toy
+from sada_toys import VP, Loop, flow_toy, noise, plain, rms, skips, toy
 from tiny_pipelines import TINY, run
 
 from diffaccel import Accelerator, Sada, UnsupportedPipeline, accelerate
