@@ -13,6 +13,7 @@ a part of the tokens, chosen at random; ``ratio`` is the time over that of the p
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -24,13 +25,18 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffaccel import accelerate, zoo
+from diffaccel import zoo
+from diffaccel.cli.reading import set_scheduler
+from diffaccel.eval import Sampler
 from diffaccel.eval.provenance import machine, versions
+from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
+from diffaccel.pipelines import attached
 from diffaccel.pipelines.run import BlockCall
 from diffaccel.pipelines.tokens import Tokens
+from diffaccel.samplers.objective import distance
 from diffaccel.zoo.folders import quiet
 
 FOLDER = Path(__file__).parent
@@ -49,51 +55,43 @@ SCENES = (
 # ---------------------------------------------------------------- whole runs
 
 
-def sampler(name: str, size: int, images: int, steps: int) -> tuple[Any, Callable[[], Tensor]]:
-    """Returns a pipeline, and a function that calls it always with the same noise."""
+def sampler(name: str, size: int, images: int, steps: int) -> Sampler:
+    """Returns what calls a pipeline always with the same conditions and noise."""
     with quiet([]):
         pipe: Any = zoo.load(name)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    given: dict[str, Any] = {"class_labels": zoo.labels(images), "guidance_scale": 2.5}
+    set_scheduler(pipe, "dpm++")
+    conditions = default_conditions(name, pipe, images)
     if name.endswith("dit"):
         pipe.transformer.register_to_config(sample_size=size // 2)
-    if name.endswith("sd"):
-        things = ("boot", "dress", "bag", "shirt")
-        prompts = [f"a {('red', 'blue', 'green')[n % 3]} {things[n % 4]}" for n in range(images)]
-        given = {"prompt": prompts, "guidance_scale": 5.0, "height": size, "width": size}
-
-    def sample() -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        output = pipe(num_inference_steps=steps, generator=generator, output_type="pt", **given)
-        return torch.as_tensor(output[0]).double()
-
-    return pipe, sample
+        return Sampler(pipe, conditions, steps, 2.5, 0)
+    return Sampler(pipe, conditions, steps, 5.0, 0, options={"height": size, "width": size})
 
 
 def curve(name: str, size: int, images: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     """Returns the rows of one pipeline."""
-    pipe, sample = sampler(name, size, images, steps)
-    plain, rows = sample(), []
-    for tolerance in TOLERANCES:
-        for tokens in (0.0, *TOKENS):
-            accelerate(pipe, {"sada": {"tolerance": tolerance, "tokens": tokens}})
-            seconds = []
+    sample = sampler(name, size, images, steps)
+    plain, rows = sample(batch=images), list[dict[str, Any]]()
+    for tolerance, tokens in itertools.product(TOLERANCES, (0.0, *TOKENS)):
+        seconds = []
+        with attached(sample.pipe, {"sada": {"tolerance": tolerance, "tokens": tokens}}):
             for _ in range(repeats):
                 begin = time.process_time()
-                error = float((sample() - plain).pow(2).mean().sqrt())
+                made = sample(batch=images)
                 seconds.append(time.process_time() - begin)
-            report = pipe.accel.report
-            rows.append({
-                "model": name, "size": size, "tolerance": tolerance, "tokens": tokens, "rms": error,
-                "evaluated": report.evaluated, "computed": report.tokens, "seconds": min(seconds),
-            })  # fmt: skip
-            print(rows[-1], flush=True)
+        ((_, report),) = sample.reports
+        rows.append({
+            "model": name, "size": size, "tolerance": tolerance, "tokens": tokens,
+            "rms": distance(made, plain), "evaluated": report.evaluated, "computed": report.tokens,
+            "seconds": min(seconds),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
     known = sorted((row["rms"], row["seconds"]) for row in rows if not row["tokens"])
     errors, times = np.log([[max(value, 1e-9) for value in pair] for pair in known]).T
     for row in rows:
-        inside = errors[0] <= np.log(row["rms"]) <= errors[-1]
-        expected = float(np.exp(np.interp(np.log(row["rms"]), errors, times)))
+        error = np.log(max(row["rms"], 1e-9))
+        inside = errors[0] <= error <= errors[-1]
+        expected = float(np.exp(np.interp(error, errors, times)))
         row["gain"] = expected / row["seconds"] - 1 if inside else None
     return rows
 
@@ -139,7 +137,7 @@ SHAPES = {"unet": unet, "dit": dit, "flux": flux}
 
 
 @contextmanager
-def attached(tokens: Tokens) -> Iterator[None]:
+def through(tokens: Tokens) -> Iterator[None]:
     """Sends the calls of blocks through the token-wise part, as gates do in a run."""
 
     def enter(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +169,7 @@ def evaluation(family: str, side: int, repeats: int) -> list[dict[str, Any]]:
             else:
                 some = wanted if part < 1 else None
                 with (
-                    attached(tokens),
+                    through(tokens),
                     tokens.part(("denoiser", 0), number + part, True, cells, None, some),
                 ):
                     network(**given)
