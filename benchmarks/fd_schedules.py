@@ -1,8 +1,8 @@
-"""Schedules of S3 that are searched by the Fréchet distance, with a compiled denoiser in bfloat16.
+"""Schedules of S3 that are polished for the Fréchet distance, with a compiled denoiser in bfloat16.
 
-``python benchmarks/fd_schedules.py tiny-fashion-dit --nfe 5 6 --out out/fd`` does what ``diffaccel search s3
-MODEL --objective fd --protocol fashion --reference HALF`` does, faster on a CPU, HALF being one half of the
-zoo's reference images.  ``few_evaluations.py MODEL --fd FILE`` compares them.  It goes on when stopped.
+``python benchmarks/fd_schedules.py tiny-fashion-dit --nfe 5 6 --out out/fd`` does what ``diffaccel search
+polish MODEL --protocol fashion --reference HALF`` does, faster on a CPU, HALF being one half of the zoo's
+reference images.  ``few_evaluations.py MODEL --fd FILE`` compares them.  It goes on when stopped.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
 from diffaccel.pipelines.run import denoisers_of
 from diffaccel.samplers.objective import FrechetScore
-from diffaccel.samplers.s3 import Search
+from diffaccel.samplers.polishing import Polish
+from diffaccel.samplers.searched import fitting
 from diffaccel.zoo.folders import quiet
 
 HALF = 5000
@@ -30,14 +31,16 @@ HALF = 5000
 
 
 def main() -> None:
-    """Searches and writes ``schedules.json``."""
+    """Polishes and writes ``schedules.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=zoo.names())
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 6])
+    parser.add_argument("--file", default="", help="schedules; those that ship by default")
     parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--images", type=int, default=608, help="a multiple of 32, which are one batch")
-    parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--fitting", type=float, default=0.75)
+    parser.add_argument("--images", type=int, default=1024, help="a multiple of 32, which are one batch")
+    parser.add_argument("--bound", type=float, default=1.15)
+    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=240)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -51,17 +54,16 @@ def main() -> None:
     score = FrechetScore(extractor, collect(open_images(zoo.reference()[0][:HALF]), extractor))
     conditions = default_conditions(arguments.model, pipe, 5 * arguments.images)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found, objectives = [], dict[int, Any]()
-    for evaluations in arguments.nfe:
-        search = Search(pipe, evaluations, conditions, arguments.guidance, arguments.images, arguments.budget,
-                        file=arguments.out / f"search-{evaluations}.json", objectives=objectives, score=score,
-                        fitting=arguments.fitting)  # fmt: skip
-        with counting(f"{evaluations} evaluations", arguments.budget) as advance:
-            winner = search.run(advance)
-        facts = {**winner.facts, "settings": {**vars(arguments), "out": "", "objective": "fd"}}
-        found.append(replace(winner, facts={**facts, "versions": versions()}).to_dict())
-        print(evaluations, {name: facts[name] for name in ("distance", "again", "held_out")}, flush=True)
-        print(facts["held_out_of_known_solvers"], flush=True)
+    known = {schedule.evaluations: schedule for schedule in fitting(pipe, arguments.file)}
+    found = []
+    for count in arguments.nfe:
+        polish = Polish(pipe, known[count], conditions, score, arguments.guidance, arguments.images,
+                        arguments.bound, arguments.depth, arguments.budget,
+                        file=arguments.out / f"search-{count}.json")  # fmt: skip
+        with counting(f"{count} evaluations", arguments.budget) as advance:
+            schedule = polish.run(advance)
+        print(count, json.dumps(schedule.facts["polished"]), flush=True)
+        found.append(replace(schedule, facts={**schedule.facts, "versions": versions()}).to_dict())
         with whole(arguments.out / "schedules.json") as temporary:
             temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from ..errors import DiffaccelError
+from .arguments import Budget, Device, Dtype, Guidance, Model, Prompts, Protocol, Scheduler, Seed
 from .distill import distill_app
+from .searches import search_app
 
 if TYPE_CHECKING:
     from .bench import Settings
@@ -20,20 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )  # fmt: skip
 
-Model = Annotated[str, typer.Argument(help="A name of the zoo, a local pipeline folder, or a hub id.")]
 AccelHelp = "name, name:preset, name(option=value, ...), a+b, or JSON; with other steps: s3@5."
 ProductHelp = "Prompt or label of a product, repeatable; further prompts join it. One image."
 Steps = Annotated[int, typer.Option(min=1, help="Number of inference steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; the pipeline's own by default.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of all noise.")]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(help="ddim, dpm++, unipc, ..., a class name, or either with (option=value, ...)."),
-]
-Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt or label a line.")]
-Budget = Annotated[int, typer.Option(min=1, help="Candidates to score.")]
-Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 
 
 @app.command("list")
@@ -140,7 +131,6 @@ def _bench(settings: "Settings", out: Path) -> None:
         typer.echo(f"{what + ':':10}{out / name}")
 
 
-Protocol = Annotated[str, typer.Option(help="clean, adm, offline, fashion, ...: see docs/evaluation.md.")]
 Metrics = Annotated[str, typer.Option(help="Such as fid,kid,pr; those of the protocol by default.")]
 Mixed = Annotated[bool, typer.Option("--mixed-sizes", help="Allow images of different sizes.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Features in bfloat16: faster, other numbers, recorded.")]
@@ -266,105 +256,7 @@ def tune_(
         typer.echo(line)
 
 
-search = typer.Typer(help="Searches what makes a model fast.", no_args_is_help=True)
-app.add_typer(search, name="search")
-
-
-Nfe = Annotated[list[int] | None, typer.Option(min=2, help="Repeatable: evaluations.")]
-SearchImages = Annotated[int, typer.Option(min=1, help="Images of the objective.")]
-Objective = Annotated[str, typer.Option(help="distance (to the fine solution), or fd (to a reference).")]
-Reference = Annotated[Path | None, typer.Option(help="Images or statistics, for the objective fd.")]
-Engine = Annotated[str, typer.Option(help="evolution, or optuna (needs the extra).")]
-
-
-@search.command("s3")
-def search_s3_(
-    model: Model,
-    nfe: Nfe = None,
-    guidance: Guidance = None,
-    prompts: Prompts = None,
-    images: SearchImages = 32,
-    budget: Budget = 300,
-    seed: Seed = 0,
-    objective: Objective = "distance",
-    protocol: Protocol = "offline",
-    reference: Reference = None,
-    engine: Engine = "evolution",
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    out: Annotated[Path, typer.Option(help="Folder for scheduler and search.")] = Path("out/s3"),
-) -> None:
-    """Searches a solver schedule for each number of evaluations; goes on after a kill."""
-    from .search import Settings, lines_of, search_s3
-
-    settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, objective,
-                        protocol, reference, engine, device, dtype)  # fmt: skip
-    found = search_s3(settings, out)
-    for line in lines_of(found, out) if found else ():
-        typer.echo(line)
-
-
-@search.command("autodiffusion")
-def search_autodiffusion_(
-    model: Model,
-    nfe: Nfe = None,
-    max_drop: Annotated[float, typer.Option(help="Largest part of the layers dropped at a step.")] = 0.3,
-    solver: Annotated[str, typer.Option(help="dpm++2m, unipc2, ddim, ...")] = "dpm++2m",
-    guidance: Guidance = None,
-    prompts: Prompts = None,
-    images: SearchImages = 32,
-    budget: Budget = 300,
-    seed: Seed = 0,
-    objective: Objective = "distance",
-    protocol: Protocol = "offline",
-    reference: Reference = None,
-    engine: Engine = "evolution",
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    out: Annotated[Path, typer.Option(help="Folder for the schedules.")] = Path("out/autodiffusion"),
-) -> None:
-    """Searches timesteps, and layers to leave out, within the work of NFE evaluations."""
-    from .search import Settings, layer_lines, search_layers
-
-    budgets = tuple(nfe or (5,))
-    settings = Settings(model, budgets, guidance, prompts, images, budget, seed, objective, protocol,
-                        reference, engine, device, dtype)  # fmt: skip
-    found = search_layers(settings, out, max_drop, solver)
-    for line in layer_lines(found, budgets, out) if found else ():
-        typer.echo(line)
-
-
-@search.command("inherit")
-def search_inherit_(
-    model: Model,
-    nfe: Nfe = None,
-    steps: Annotated[int, typer.Option(min=3, help="Number of inference steps.")] = 20,
-    level: Annotated[str, typer.Option(help="What inherits: layer, or block.")] = "layer",
-    scheduler: Scheduler = None,
-    guidance: Guidance = None,
-    prompts: Prompts = None,
-    images: SearchImages = 32,
-    budget: Budget = 300,
-    seed: Seed = 0,
-    objective: Objective = "distance",
-    protocol: Protocol = "offline",
-    reference: Reference = None,
-    engine: Engine = "evolution",
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    out: Annotated[Path, typer.Option(help="Folder for the patterns.")] = Path("out/inherit"),
-) -> None:
-    """Searches which modules inherit at which step, within the work of NFE evaluations."""
-    from .search import Settings, inheritance_lines, search_inheritance
-
-    budgets = tuple(nfe or (10,))
-    settings = Settings(model, budgets, guidance, prompts, images, budget, seed, objective, protocol,
-                        reference, engine, device, dtype, scheduler)  # fmt: skip
-    found = search_inheritance(settings, out, steps, level)
-    for line in inheritance_lines(found, budgets, out) if found else ():
-        typer.echo(line)
-
-
+app.add_typer(search_app, name="search")
 app.add_typer(distill_app, name="distill")
 
 

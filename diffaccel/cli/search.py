@@ -1,4 +1,4 @@
-"""``diffaccel search s3 | autodiffusion | inherit``: what makes a model fast, searched."""
+"""``diffaccel search s3 | polish | autodiffusion | inherit``: what makes a model fast, searched."""
 
 import functools
 import json
@@ -18,8 +18,10 @@ from ..samplers.autodiffusion import LayerSearch
 from ..samplers.family import solver_of
 from ..samplers.inheriting import InheritanceSearch
 from ..samplers.objective import FrechetScore, Score
+from ..samplers.polishing import Polish
 from ..samplers.s3 import Search
 from ..samplers.schedule import Schedule, load_schedules
+from ..samplers.searched import fitting
 from ..samplers.thinning import ThinnedSchedule
 from ..zoo.folders import quiet
 from .evaluate import processes
@@ -34,6 +36,8 @@ __all__ = [
     "inheritance_lines",
     "layer_lines",
     "lines_of",
+    "polish_schedules",
+    "polished_lines",
     "search_inheritance",
     "search_layers",
     "search_s3",
@@ -77,7 +81,31 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    return _search(settings, out, Search, {}, _write_schedules)
+    return _search(settings, out, _kind(Search, settings), {}, _write_schedules)
+
+
+def polish_schedules(settings: Settings, out: Path, file: str, bound: float, depth: int) -> list[Schedule]:
+    """Moves the last steps of searched schedules for the Fréchet distance; writes what `search_s3` does.
+
+    Arguments:
+        settings: The settings.
+        out: The folder; the states of unfinished searches are in it, too.
+        file: The schedules; those that ship with the package if it is empty.
+        bound: By what factor the distance to the fine solution may grow.
+        depth: The most steps that are changed.
+
+    Raises:
+        DiffaccelError: For any mistake in the settings.
+    """
+
+    def make(pipe: Any, evaluations: int, **common: Any) -> Polish:
+        known = {schedule.evaluations: schedule for schedule in fitting(pipe, file)}
+        if evaluations not in known:
+            raise OptionError(f"no schedule of {evaluations} evaluations; there are {sorted(known)}")
+        return Polish(pipe, known[evaluations], bound=bound, depth=depth, **common)
+
+    options = {"file": file, "bound": bound, "depth": depth}
+    return _search(replace(settings, objective="fd"), out, make, options, _write_schedules)
 
 
 def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -> list[ThinnedSchedule]:
@@ -92,8 +120,11 @@ def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    options = {"max_drop": max_drop, "solver": solver}
-    return _search(settings, out, LayerSearch, options, functools.partial(_write_alone, "autodiffusion"))
+    options, write = (
+        {"max_drop": max_drop, "solver": solver},
+        functools.partial(_write_alone, "autodiffusion"),
+    )
+    return _search(settings, out, _kind(LayerSearch, settings, **options), options, write)
 
 
 def search_inheritance(settings: Settings, out: Path, steps: int, level: str) -> list[Inheritance]:
@@ -108,11 +139,16 @@ def search_inheritance(settings: Settings, out: Path, steps: int, level: str) ->
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    options = {"steps": steps, "level": level}
-    return _search(settings, out, InheritanceSearch, options, functools.partial(_write_alone, "inherit"))
+    options, write = {"steps": steps, "level": level}, functools.partial(_write_alone, "inherit")
+    return _search(settings, out, _kind(InheritanceSearch, settings, **options), options, write)
 
 
-def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], write: Any) -> list[Any]:
+def _kind(kind: Any, settings: Settings, **options: Any) -> Any:
+    """Returns what makes a search of a kind; all of them share the objectives."""
+    return functools.partial(kind, objectives={}, engine=settings.engine, **options)
+
+
+def _search(settings: Settings, out: Path, make: Any, options: dict[str, Any], write: Any) -> list[Any]:
     """Runs one search for each number of evaluations, and writes each result."""
     check_options(settings.device, settings.dtype, settings.guidance, None)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
@@ -120,15 +156,14 @@ def _search(settings: Settings, out: Path, kind: Any, options: dict[str, Any], w
     check_output(out)
     rank, world, wait = processes(settings.device)
     found: list[Any] = []
-    objectives: dict[int, Any] = {}
     with quiet([]):
         pipe = load(settings.model, settings.scheduler, settings.device, settings.dtype)
         if prompts is None:
             prompts = default_conditions(settings.model, pipe, 5 * settings.images)
         for evaluations in settings.nfe:
-            search = kind(pipe, evaluations, prompts, settings.guidance, settings.images, settings.budget,
-                          settings.seed, file=out / f"search-{evaluations}.json", writes=rank == 0,
-                          objectives=objectives, score=score, engine=settings.engine, **options)  # fmt: skip
+            search = make(pipe, evaluations, conditions=prompts, guidance=settings.guidance,
+                          images=settings.images, budget=settings.budget, seed=settings.seed, score=score,
+                          file=out / f"search-{evaluations}.json", writes=rank == 0)  # fmt: skip
             with counting(f"{evaluations} evaluations", settings.budget) as advance:
                 found.append(search.run(advance, _share(rank, world)))
             if rank == 0:
@@ -186,6 +221,20 @@ def _known(out: Path) -> list[Schedule]:
 def lines_of(found: list[Schedule], out: Path) -> list[str]:
     """Returns what was found by `search_s3` as lines of text."""
     lines = [f"{schedule.evaluations} evaluations: {_compared(schedule.facts)}" for schedule in found]
+    return [*lines, f'scheduler: {out / "scheduler_config.json"}; use accel="s3:{out / FILE}"']
+
+
+def polished_lines(found: list[Schedule], out: Path) -> list[str]:
+    """Returns what was found by `polish_schedules` as lines of text."""
+    lines = []
+    for schedule in found:
+        facts = schedule.facts["polished"]
+        before, after = facts["held_out_start"], facts["held_out"]
+        lines.append(
+            f"{schedule.evaluations} evaluations: fd {after['score']:.4f} on held-out noise, before "
+            f"{before['score']:.4f}; distance to the fine solution {after['distance']:.4f}, before "
+            f"{before['distance']:.4f}"
+        )
     return [*lines, f'scheduler: {out / "scheduler_config.json"}; use accel="s3:{out / FILE}"']
 
 

@@ -22,7 +22,7 @@ from .schedule import Schedule
 from .thinning import AutoDiffusion, ThinnedSchedule
 from .unified import UnifiedSolverScheduler
 
-__all__ = ["FrechetScore", "Objective", "Score", "distance", "fine_schedule"]
+__all__ = ["FrechetScore", "Objective", "Score", "distance", "fine_schedule", "name_of"]
 
 Score = Callable[[Tensor], float]
 """Scores images (N, 3, H, W) in [0, 1]; less is better."""
@@ -31,6 +31,12 @@ Score = Callable[[Tensor], float]
 def distance(images: Tensor, fine: Tensor) -> float:
     """Returns the root mean square distance of images to the fine solution's."""
     return float((images - fine).double().square().mean().sqrt())
+
+
+def name_of(score: Score | None) -> str:
+    """Returns the name that a score has in records."""
+    known = score or distance
+    return str(getattr(known, "__name__", type(known).__name__))
 
 
 class FrechetScore:
@@ -94,6 +100,10 @@ class Objective:
         solver = self._solver(fine_schedule(self.pipe, steps), RecordingScheduler)
         return self._images(solver, steps), solver.trajectory
 
+    def images(self, schedule: Schedule) -> Tensor:
+        """Returns the images of a schedule, with shape (N, 3, H, W)."""
+        return self._images(self._solver(schedule), schedule.evaluations)
+
     def _solver(self, schedule: Schedule, cls: Any = UnifiedSolverScheduler) -> Any:
         return solver_of(self.pipe.scheduler, cls, schedules=[schedule.to_dict()])
 
@@ -115,7 +125,7 @@ class Objective:
     def __call__(self, candidate: Schedule | ThinnedSchedule) -> float:
         """Returns the score of a candidate's images; infinite if they are not finite."""
         if isinstance(candidate, Schedule):
-            return self._score(self._images(self._solver(candidate), candidate.evaluations))
+            return self._score(self.images(candidate))
         with attached(self.pipe, AutoDiffusion.of(candidate)):
             return self._score(self.sampler(candidate.schedule.evaluations, self.batch))
 

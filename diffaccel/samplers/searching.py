@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from ..errors import OptionError, closest
 from ..search import Engine, Evolution, Space, read_state, write_state
 from .family import family_of
-from .objective import Objective, Score, distance
+from .objective import Objective, Score, name_of
 
 __all__ = ["ENGINES", "PipelineSearch", "Share"]
 
@@ -204,9 +204,8 @@ class PipelineSearch(ABC, Generic[G, S]):
 
     def _facts(self) -> dict[str, Any]:
         chosen = {name: getattr(self, name) for name in self.RECORDED}
-        score = self.score or distance
         return {**chosen, "family": family_of(self.pipe), "conditions": list(self.conditions),
-                "score": getattr(score, "__name__", type(score).__name__)}  # fmt: skip
+                "score": name_of(self.score)}  # fmt: skip
 
     def save(self) -> None:
         """Writes the state, if there is a file for it."""
