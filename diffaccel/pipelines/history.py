@@ -74,14 +74,14 @@ class History:
             self.values = value.new_zeros((self.size, *value.shape))
         again = rows & (np.abs(self.nodes[-1] - coordinate) < 1e-9)  # two-stage solvers repeat a level
         fresh = rows & ~again
-        newest = value[None]
         if fresh.all():
-            self.values = torch.cat([self.values[1:], newest])
+            self.values = torch.cat([self.values[1:], value[None]])
+            self.nodes[:-1] = self.nodes[1:]
         else:
             shifted = select(fresh, self.values.roll(-1, 0).transpose(0, 1), self.values.transpose(0, 1))
             self.values = shifted.transpose(0, 1).contiguous()
             self.values[-1] = select(rows, value, self.values[-1])
-        self.nodes[:-1, fresh] = self.nodes[1:, fresh]
+            self.nodes[:-1, fresh] = self.nodes[1:, fresh]
         self.nodes[-1, rows] = coordinate
 
     def predict(self, coordinate: float, order: int) -> Tensor:

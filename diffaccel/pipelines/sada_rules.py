@@ -55,10 +55,6 @@ def position(path: Path, index: int) -> float:
     return max(-_FARTHEST, min(path[index].log_snr, _FARTHEST))
 
 
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)
-
-
 class ErrorRule:
     """Skips as long as the extrapolation's error, foretold from the last computed prediction, is small.
 
@@ -115,8 +111,8 @@ class ErrorRule:
         self.todo = np.maximum(self.todo - ~ran, 0)
         self.age = np.where(fresh, 0, self.age + 1)
         if rows.any() and known.any():
-            norms = torch.stack([_norm(self.history.predict(here, self.order) - x0), _norm(x0)])
-            wrong, size = norms.double().cpu().numpy().reshape(2, *fresh.shape)
+            pair = torch.stack([self.history.predict(here, self.order) - x0, x0])
+            wrong, size = pair.flatten(2).norm(dim=2).double().cpu().numpy().reshape(2, *fresh.shape)
             size = np.maximum(np.sqrt((size**2).sum(1, keepdims=True)), 1e-12)
             rates = wrong / size / np.maximum(self._distance(here), 1e-12)
             self.rates = np.where(fresh & known, rates, self.rates)
