@@ -2,7 +2,7 @@
 
 ``python benchmarks/fd_schedules.py tiny-fashion-dit --nfe 5 6 --out out/fd`` does what ``diffaccel search
 polish MODEL --protocol fashion --reference HALF`` does, faster on a CPU, HALF being one half of the zoo's
-reference images.  ``few_evaluations.py MODEL --fd FILE`` compares them.  It goes on when stopped.
+reference images.  It goes on when stopped.  What it began with is in ``fitted-schedules-dit.json``.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--images", type=int, default=1024, help="a multiple of 32, which are one batch")
+    parser.add_argument("--distance", action="store_true", help="for the distance to the fine solution")
     parser.add_argument("--bound", type=float, default=1.15)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--budget", type=int, default=240)
@@ -52,12 +53,13 @@ def main() -> None:
     autocast(networks, arguments.device, torch.bfloat16)
     extractor = Extractor(protocol("fashion"), arguments.device)
     score = FrechetScore(extractor, collect(open_images(zoo.reference()[0][:HALF]), extractor))
+    objective = None if arguments.distance else score
     conditions = default_conditions(arguments.model, pipe, 5 * arguments.images)
     arguments.out.mkdir(parents=True, exist_ok=True)
     known = {schedule.evaluations: schedule for schedule in fitting(pipe, arguments.file)}
     found = []
     for count in arguments.nfe:
-        polish = Polish(pipe, known[count], conditions, score, arguments.guidance, arguments.images,
+        polish = Polish(pipe, known[count], conditions, objective, arguments.guidance, arguments.images,
                         arguments.bound, arguments.depth, arguments.budget,
                         file=arguments.out / f"search-{count}.json")  # fmt: skip
         with counting(f"{count} evaluations", arguments.budget) as advance:

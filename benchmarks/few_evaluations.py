@@ -61,8 +61,8 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 ]
 """diffusers' deterministic schedulers with one evaluation a step, on the grid that serves them best."""
 
-OURS = ("S3", "S3 by FD")
-"""The rows of searched schedules: by the distance to the fine solution, and by the Fréchet distance."""
+OURS = ("S3", "S3 before polishing")
+"""The rows of searched schedules: those that ship, and those that steps were only fitted for."""
 
 
 class Runs:
@@ -245,7 +245,7 @@ def measure(arguments: argparse.Namespace) -> None:
     runs = Runs(arguments)
     rows: list[dict[str, Any]] = []
     for steps in arguments.nfe:
-        rows += compare(runs, steps, [arguments.file, *arguments.fd])
+        rows += compare(runs, steps, [arguments.file, *arguments.fitted])
         record = {
             "model": arguments.model, "guidance": arguments.guidance, "n": arguments.n, "seed": SEED,
             "dtype": arguments.dtype, "distances": runs.distances, "rows": rows, "protocol": "fashion",
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--file", default="", help="schedules; those that ship by default")
-    parser.add_argument("--fd", nargs=1, default=[], help="schedules that were searched by the distance FD")
+    parser.add_argument("--fitted", nargs=1, default=[], help="schedules before polishing, for a row more")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="let --batch divide --n")

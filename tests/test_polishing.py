@@ -53,6 +53,15 @@ def test_the_score_falls_and_the_distance_stays_within_its_bound(fitted):
     assert falls[0] < falls[1], "a wider bound allows more"
 
 
+def test_by_the_distance_it_comes_nearer_than_the_fit():
+    """On noise that it has not seen; the fit is greedy, step by step."""
+    plain = ScheduleSpace(solver().path, 5).known("dpm++2m")[0]
+    start = Objective(toy_pipe(), [], None, 0, 16, steps=50).fit(plain)[1]
+    facts = Polish(toy_pipe(), start, **{**SETTINGS, "images": 32, "budget": 100}).run().facts["polished"]
+    assert facts["held_out"]["distance"] < facts["held_out_start"]["distance"]
+    assert facts["held_out"]["score"] == facts["held_out"]["distance"] and facts["score"] == "distance"
+
+
 def test_only_the_evaluations_after_a_change_are_made(fitted):
     """None for the last step, one for the last two; and replayed runs are those that they stand for."""
     pipe, rows = toy_pipe(), []
@@ -120,7 +129,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr("sys.argv", ["diffaccel", *text.split()])
     cli.main()
-    assert "4 evaluations: fd" in capsys.readouterr().out
+    assert "4 evaluations: score" in capsys.readouterr().out
     (schedule,) = load_schedules(tmp_path / "out" / "schedules.json")
     assert schedule.facts["polished"]["candidates"] == 10 and schedule.facts["family"]["path"] == "flow"
     pipe = zoo.load("tiny-fashion-dit").to(accel=f"s3:{tmp_path / 'out' / 'schedules.json'}")

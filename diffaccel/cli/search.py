@@ -85,7 +85,7 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
 
 
 def polish_schedules(settings: Settings, out: Path, file: str, bound: float, depth: int) -> list[Schedule]:
-    """Moves the last steps of searched schedules for the Fréchet distance; writes what `search_s3` does.
+    """Moves the last steps of searched schedules for an objective; writes what `search_s3` does.
 
     Arguments:
         settings: The settings.
@@ -105,7 +105,7 @@ def polish_schedules(settings: Settings, out: Path, file: str, bound: float, dep
         return Polish(pipe, known[evaluations], bound=bound, depth=depth, **common)
 
     options = {"file": file, "bound": bound, "depth": depth}
-    return _search(replace(settings, objective="fd"), out, make, options, _write_schedules)
+    return _search(settings, out, make, options, _write_schedules)
 
 
 def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -> list[ThinnedSchedule]:
@@ -231,7 +231,7 @@ def polished_lines(found: list[Schedule], out: Path) -> list[str]:
         facts = schedule.facts["polished"]
         before, after = facts["held_out_start"], facts["held_out"]
         lines.append(
-            f"{schedule.evaluations} evaluations: fd {after['score']:.4f} on held-out noise, before "
+            f"{schedule.evaluations} evaluations: score {after['score']:.4f} on held-out noise, before "
             f"{before['score']:.4f}; distance to the fine solution {after['distance']:.4f}, before "
             f"{before['distance']:.4f}"
         )

@@ -47,7 +47,6 @@ def search_s3_(
 @search_app.command("polish")
 def search_polish_(
     model: Model,
-    reference: Annotated[Path, typer.Option(help="Images or statistics, not those of a report.")],
     nfe: Nfe = None,
     file: Annotated[str, typer.Option(help="Fitted schedules; those that ship by default.")] = "",
     bound: Annotated[float, typer.Option(min=1, help="Factor of the distance's growth, at most.")] = 1.15,
@@ -57,16 +56,18 @@ def search_polish_(
     images: SearchImages = 1000,
     budget: Budget = 240,
     seed: Seed = 0,
+    objective: Objective = "fd",
     protocol: Protocol = "offline",
+    reference: Reference = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     out: Annotated[Path, typer.Option(help="Folder for scheduler and search.")] = Path("out/polish"),
 ) -> None:
-    """Moves the last steps of searched schedules so that the Fréchet distance falls; goes on after a kill."""
+    """Moves the last steps of searched schedules for the Fréchet distance; goes on after a kill."""
     from .search import Settings, polish_schedules, polished_lines
 
-    settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, "fd", protocol,
-                        reference, device=device, dtype=dtype)  # fmt: skip
+    settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, objective,
+                        protocol, reference, device=device, dtype=dtype)  # fmt: skip
     found = polish_schedules(settings, out, file, bound, depth)
     for line in polished_lines(found, out) if found else ():
         typer.echo(line)

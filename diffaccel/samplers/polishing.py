@@ -1,10 +1,9 @@
 """Steps of a fitted schedule, moved for a score of the images such as the Fréchet distance.
 
-Steps are fitted to the fine solution (`fitting`), which serves the distance to it.  What else is wanted of
-images depends on the same numbers: CMA-ES moves those of the last step, then those of the last two, and so
-on.  What the network has returned before the first step that changes is kept, so that a candidate for the
-last k steps costs k - 1 evaluations, and none for k = 1.  The distance to the fine solution may grow by a
-bounded factor.
+Steps are fitted one after another, to the fine solution's latents (`fitting`).  What is wanted of images
+depends on the same numbers: CMA-ES moves those of the last step, then those of the last two, and so on.  What
+the network has returned before the first step that changes is kept, so that a candidate for the last k steps
+costs k - 1 evaluations, and none for k = 1.  The distance to the fine solution may grow by a bounded factor.
 
 References:
     | Bespoke Non-Stationary Solvers for Fast Sampling of Diffusion and Flow Models (2024), which fits the
@@ -76,7 +75,7 @@ class Polish:
         pipe: The pipeline, plain.
         schedule: A schedule whose last steps are fitted, with an evaluation at each step.
         conditions: Prompts or labels of all images.
-        score: What scores a candidate's images.
+        score: What scores a candidate's images; None for their distance to the fine solution.
         guidance: The guidance scale; None for the pipeline's own.
         images: Images that are scored; the result is compared with the start on as many others.
         bound: By what factor the distance to the fine solution may grow, at least 1.
@@ -95,7 +94,7 @@ class Polish:
     pipe: Any
     schedule: Schedule
     conditions: Sequence[str]
-    score: Score
+    score: Score | None = None
     guidance: float | None = None
     images: int = 1000
     bound: float = 1.15
@@ -154,8 +153,11 @@ class Polish:
         seed, batch = self.seed * 1_000_003 + 17_000_000 + numbers.start, min(self.images, AT_ONCE)
         self.objective = Objective(self.pipe, conditions, self.guidance, seed, self.images, batch,
                                    score=self.score)  # fmt: skip
-        near = min(self.images, NEAR)
-        self.fine = Objective(self.pipe, conditions, self.guidance, seed, near, batch).fine()
+        if self.score is None:
+            self.fine = self.objective.fine()
+        else:
+            near = min(self.images, NEAR)
+            self.fine = Objective(self.pipe, conditions, self.guidance, seed, near, batch).fine()
         self._record(0)
         self.at_start = self._measured(self.schedule)
 
@@ -170,7 +172,7 @@ class Polish:
             images = self.objective.images(schedule)
         if not bool(images.isfinite().all()):
             return math.inf, math.inf
-        return self.score(images), distance(images[: len(self.fine)], self.fine)
+        return self.objective.score(images), distance(images[: len(self.fine)], self.fine)
 
     def _deepen(self, best: Schedule, depth: int, done: int, share: Share,
                 advance: Callable[[int], None]) -> Schedule:  # fmt: skip
