@@ -1,18 +1,17 @@
-"""Schedules of S3 that are polished for the Fréchet distance, with a compiled denoiser in bfloat16.
+"""Schedules of S3 that are polished, with a compiled denoiser in bfloat16.
 
-``python benchmarks/fd_schedules.py tiny-fashion-dit --nfe 5 6 --out out/fd`` does what ``diffaccel search
+``python benchmarks/fd_schedules.py MODEL --nfe 5 --file FITTED --out out/fd`` does what ``diffaccel search
 polish MODEL --protocol fashion --reference HALF`` does, faster on a CPU, HALF being one half of the zoo's
-reference images.  It goes on when stopped.  What it began with is in ``fitted-schedules-dit.json``.
+reference images; ``--distance`` is its ``--objective distance``.  It goes on when stopped.  The schedules
+that ship began with ``fitted-schedules-dit.json`` and ``fitted-schedules-sd.json`` of this folder.
 """
 
 import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from few_evaluations import autocast, compile_frozen
+from few_evaluations import prepared
 
 from diffaccel import zoo
 from diffaccel.cli.writing import counting
@@ -20,14 +19,18 @@ from diffaccel.eval import Extractor, collect, open_images, protocol
 from diffaccel.eval.provenance import versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
-from diffaccel.pipelines.run import denoisers_of
 from diffaccel.samplers.objective import FrechetScore
 from diffaccel.samplers.polishing import Polish
 from diffaccel.samplers.searched import fitting
-from diffaccel.zoo.folders import quiet
 
 HALF = 5000
 """The reference images of the search, the first ones."""
+
+
+def score_of(device: str) -> FrechetScore:
+    """Returns the distance to one half of the reference."""
+    extractor = Extractor(protocol("fashion"), device)
+    return FrechetScore(extractor, collect(open_images(zoo.reference()[0][:HALF]), extractor))
 
 
 def main() -> None:
@@ -45,15 +48,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    with quiet([]):
-        pipe: Any = zoo.load(arguments.model).to(arguments.device)
-    pipe.set_progress_bar_config(disable=True)
-    networks = list(denoisers_of(pipe).values())
-    compile_frozen(networks)
-    autocast(networks, arguments.device, torch.bfloat16)
-    extractor = Extractor(protocol("fashion"), arguments.device)
-    score = FrechetScore(extractor, collect(open_images(zoo.reference()[0][:HALF]), extractor))
-    objective = None if arguments.distance else score
+    pipe = prepared(arguments.model, arguments.device, "bfloat16", True)
+    objective = None if arguments.distance else score_of(arguments.device)
     conditions = default_conditions(arguments.model, pipe, 5 * arguments.images)
     arguments.out.mkdir(parents=True, exist_ok=True)
     known = {schedule.evaluations: schedule for schedule in fitting(pipe, arguments.file)}

@@ -72,14 +72,7 @@ class Runs:
         self.model, self.batch, self.device = arguments.model, arguments.batch, arguments.device
         count, guidance, dtype = arguments.n, arguments.guidance, arguments.dtype
         self.work = arguments.work / f"{self.model}-{count}-{guidance}-{dtype}"
-        with quiet([]):
-            self.pipe: Any = zoo.load(self.model).to(self.device)
-        networks = list(denoisers_of(self.pipe).values())
-        if arguments.compile:
-            compile_frozen(networks)
-        if dtype != "float32":
-            autocast(networks, self.device, getattr(torch, dtype))
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = prepared(self.model, self.device, dtype, arguments.compile)
         self.plain = self.pipe.scheduler
         conditions = default_conditions(self.model, self.pipe, count)
         self.sampler = Sampler(self.pipe, conditions, 10, guidance, SEED, count)
@@ -151,6 +144,19 @@ class Runs:
                 self.pipe.scheduler = self.plain
 
         return self._kept(f"{label_of(name, options)}-{steps}", make)
+
+
+def prepared(model: str, device: str, dtype: str, compiled: bool) -> Any:
+    """Returns a pipeline of the zoo whose denoiser runs in a type, and compiled if that is wanted."""
+    with quiet([]):
+        pipe: Any = zoo.load(model).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    networks = list(denoisers_of(pipe).values())
+    if compiled:
+        compile_frozen(networks)
+    if dtype != "float32":
+        autocast(networks, device, getattr(torch, dtype))
+    return pipe
 
 
 def autocast(networks: Iterable[torch.nn.Module], device: str, dtype: torch.dtype) -> None:

@@ -6,15 +6,19 @@ References:
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from .extras import extra_package
 from .search import Engine, Space
 
-__all__ = ["CmaEngine", "VectorSpace", "cma_library"]
+__all__ = ["CmaEngine", "VectorSpace", "cma_library", "generations"]
 
 G = TypeVar("G")
+R = TypeVar("R")
+
+WORST = 1e9
+"""What CMA-ES is told for a larger or infinite score; only the ranks matter to it."""
 
 
 def cma_library() -> Any:
@@ -24,6 +28,34 @@ def cma_library() -> Any:
         OptionError: If it is not installed.
     """
     return extra_package("cma", "search", "the search needs")
+
+
+def generations(
+    start: Sequence[float], width: float, seed: int, size: int, count: int, known: Sequence[tuple[float, R]],
+    score: Callable[[list[list[float]]], list[tuple[float, R]]],
+) -> list[tuple[float, R]]:  # fmt: skip
+    """Returns the results of some generations of CMA-ES, in their order.
+
+    Arguments:
+        start: The first mean.
+        width: The first standard deviation.
+        seed: Decides everything.
+        size: Vectors of a generation.
+        count: The number of generations.
+        known: Results of a former run, which are told again instead of being scored again.
+        score: Scores the vectors of a generation; a result begins with the score.
+    """
+    options = {"seed": seed, "popsize": size, "verbose": -9}
+    strategy = cma_library().CMAEvolutionStrategy(list(start), width, options)
+    found: list[tuple[float, R]] = []
+    for _ in range(count):
+        vectors = [[float(number) for number in vector] for vector in strategy.ask()]
+        results = list(known[len(found) : len(found) + size])
+        if len(results) < size:
+            results = score(vectors)
+        strategy.tell(vectors, [min(result[0], WORST) for result in results])
+        found += results
+    return found
 
 
 class VectorSpace(Space[G]):

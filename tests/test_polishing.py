@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from diffusers import DDIMPipeline
-from toy_mixture import solver
+from toy_mixture import solver, toy_pipe
 
 from diffaccel import cli, zoo
 from diffaccel.errors import OptionError
@@ -13,17 +12,9 @@ from diffaccel.samplers import load_schedules
 from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.polishing import Polish
 from diffaccel.samplers.space import ScheduleSpace
-from diffaccel.toy import GaussianMixtureModel
 
 SETTINGS = {"conditions": [], "images": 24, "depth": 2, "budget": 40, "batch": 5}
 BOUNDS = (1.02, 3.0)
-
-
-def toy_pipe():
-    pipe = DDIMPipeline(GaussianMixtureModel(), solver())
-    pipe.scheduler = solver()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")

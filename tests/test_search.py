@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline
 from scipy.stats import spearmanr
 from tiny_pipelines import TINY, run
-from toy_mixture import START, drive, exact, rms, solver
+from toy_mixture import START, drive, exact, rms, solver, toy_pipe
 
 from diffaccel import cli, zoo
 from diffaccel.errors import DiffaccelError, OptionError, UnsupportedPipeline
@@ -22,7 +21,6 @@ from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.s3 import Search
 from diffaccel.samplers.space import ScheduleSpace
 from diffaccel.search import Evolution, Ranking, Space
-from diffaccel.toy import GaussianMixtureModel
 
 PATH = solver().path
 
@@ -210,13 +208,6 @@ def test_ranking_orders_what_it_has_not_seen():
 
 
 # ---------------------------------------------------------------- the search of a model's schedules
-
-
-def toy_pipe():
-    pipe = DDIMPipeline(GaussianMixtureModel(), solver())
-    pipe.scheduler = solver()  # as that of SD; the pipeline has made another
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 class Killed(Exception):

@@ -8,10 +8,12 @@ import math
 
 import numpy as np
 import torch
+from diffusers import DDIMPipeline
 from scipy.integrate import solve_ivp
 
 from diffaccel.samplers import UnifiedSolverScheduler
 from diffaccel.samplers.exponential import Level
+from diffaccel.toy import GaussianMixtureModel
 
 WEIGHTS, MEANS, STDS = np.array([0.3, 0.7]), np.array([-1.0, 0.6]), np.array([0.35, 0.25])
 HIGH, LOW = 8.0, 0.08
@@ -87,3 +89,11 @@ def drive(schedule, kind="vp", prediction="epsilon", exact_nodes=1, start=START)
 
 def rms(difference):
     return float(np.sqrt(np.mean(np.square(difference))))
+
+
+def toy_pipe():
+    """A pipeline of a mixture of pictures, with our scheduler."""
+    pipe = DDIMPipeline(GaussianMixtureModel(), solver())
+    pipe.scheduler = solver()  # as that of SD; the pipeline has made another
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

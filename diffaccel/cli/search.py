@@ -120,11 +120,9 @@ def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    options, write = (
-        {"max_drop": max_drop, "solver": solver},
-        functools.partial(_write_alone, "autodiffusion"),
-    )
-    return _search(settings, out, _kind(LayerSearch, settings, **options), options, write)
+    options = {"max_drop": max_drop, "solver": solver}
+    make, write = _kind(LayerSearch, settings, **options), functools.partial(_write_alone, "autodiffusion")
+    return _search(settings, out, make, options, write)
 
 
 def search_inheritance(settings: Settings, out: Path, steps: int, level: str) -> list[Inheritance]:
@@ -139,8 +137,9 @@ def search_inheritance(settings: Settings, out: Path, steps: int, level: str) ->
     Raises:
         DiffaccelError: For any mistake in the settings.
     """
-    options, write = {"steps": steps, "level": level}, functools.partial(_write_alone, "inherit")
-    return _search(settings, out, _kind(InheritanceSearch, settings, **options), options, write)
+    options = {"steps": steps, "level": level}
+    make, write = _kind(InheritanceSearch, settings, **options), functools.partial(_write_alone, "inherit")
+    return _search(settings, out, make, options, write)
 
 
 def _kind(kind: Any, settings: Settings, **options: Any) -> Any:
@@ -218,10 +217,15 @@ def _known(out: Path) -> list[Schedule]:
     return load_schedules(out / FILE) if (out / FILE).is_file() else []
 
 
+def _where(out: Path) -> str:
+    """Returns where `_write_schedules` has written."""
+    return f'scheduler: {out / "scheduler_config.json"}; use accel="s3:{out / FILE}"'
+
+
 def lines_of(found: list[Schedule], out: Path) -> list[str]:
     """Returns what was found by `search_s3` as lines of text."""
     lines = [f"{schedule.evaluations} evaluations: {_compared(schedule.facts)}" for schedule in found]
-    return [*lines, f'scheduler: {out / "scheduler_config.json"}; use accel="s3:{out / FILE}"']
+    return [*lines, _where(out)]
 
 
 def polished_lines(found: list[Schedule], out: Path) -> list[str]:
@@ -235,7 +239,7 @@ def polished_lines(found: list[Schedule], out: Path) -> list[str]:
             f"{before['score']:.4f}; distance to the fine solution {after['distance']:.4f}, before "
             f"{before['distance']:.4f}"
         )
-    return [*lines, f'scheduler: {out / "scheduler_config.json"}; use accel="s3:{out / FILE}"']
+    return [*lines, _where(out)]
 
 
 def layer_lines(found: list[ThinnedSchedule], budgets: tuple[int, ...], out: Path) -> list[str]:

@@ -63,7 +63,7 @@ def search_polish_(
     dtype: Dtype = "float32",
     out: Annotated[Path, typer.Option(help="Folder for scheduler and search.")] = Path("out/polish"),
 ) -> None:
-    """Moves the last steps of searched schedules for the Fréchet distance; goes on after a kill."""
+    """Moves the last steps of searched schedules for an objective; goes on after a kill."""
     from .search import Settings, polish_schedules, polished_lines
 
     settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, objective,

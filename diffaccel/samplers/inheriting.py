@@ -178,7 +178,7 @@ class SameSolver(Objective):
     def __call__(self, candidate: Any) -> float:
         """Returns the score of a pattern's images; infinite if they are not finite."""
         with attached(self.pipe, Inherit.of(candidate)):
-            return self._score(self.sampler(None, self.batch))
+            return self.scored(self.sampler(None, self.batch))
 
 
 def set_costs(objective: Objective, parts: Parts, sets: Sequence[Names]) -> dict[Names, float]:

@@ -116,7 +116,18 @@ class Objective:
         finally:
             self.pipe.scheduler = before
 
-    def _score(self, images: Tensor) -> float:
+    def first(self, count: int, batch: int | None = None) -> "Objective":
+        """Returns the distance to the fine solution, of the first images only.
+
+        Arguments:
+            count: The number of images.
+            batch: Images a call; all of them by default.
+        """
+        known = self.sampler
+        return Objective(self.pipe, known.conditions, known.guidance, known.seed, count, batch)
+
+    def scored(self, images: Tensor) -> float:
+        """Returns the score of images; infinite if they, or it, are not finite."""
         if not bool(images.isfinite().all()):
             return math.inf
         score = self.score(images)
@@ -125,13 +136,13 @@ class Objective:
     def __call__(self, candidate: Schedule | ThinnedSchedule) -> float:
         """Returns the score of a candidate's images; infinite if they are not finite."""
         if isinstance(candidate, Schedule):
-            return self._score(self.images(candidate))
+            return self.scored(self.images(candidate))
         with attached(self.pipe, AutoDiffusion.of(candidate)):
-            return self._score(self.sampler(candidate.schedule.evaluations, self.batch))
+            return self.scored(self.sampler(candidate.schedule.evaluations, self.batch))
 
     def fit(self, schedule: Schedule) -> tuple[float, Schedule]:
         """Fits the steps of a schedule to the fine solution; returns the score then, and the schedule."""
         solver = self._solver(schedule, FittingScheduler)
         solver.teacher = self.trajectory
-        score = self._score(self._images(solver, schedule.evaluations))
+        score = self.scored(self._images(solver, schedule.evaluations))
         return score, (solver.fitted if math.isfinite(score) else schedule)

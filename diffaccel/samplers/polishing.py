@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..cma_engine import cma_library
+from ..cma_engine import cma_library, generations
 from ..errors import OptionError
 from ..pipelines import Accelerator, attached
 from ..pipelines.accelerator import Proceed
@@ -27,7 +27,7 @@ from ..search import read_state, write_state
 from .family import family_of
 from .objective import Objective, Score, distance, name_of
 from .schedule import Schedule
-from .searching import AT_ONCE, Share
+from .searching import AT_ONCE, Share, alone
 
 __all__ = ["Polish"]
 
@@ -135,7 +135,7 @@ class Polish:
             advance: Told the number of candidates that were scored.
             share: Scores candidates in several processes; by default this one scores them all.
         """
-        share = share or (lambda candidates, function: [function(candidate) for candidate in candidates])
+        share = share or alone
         state = None if self.file is None else read_state(self.file, self._facts())
         self.scored = [] if state is None else [(value, numbers) for value, numbers in state["scored"]]
         advance(len(self.scored))
@@ -156,8 +156,7 @@ class Polish:
         if self.score is None:
             self.fine = self.objective.fine()
         else:
-            near = min(self.images, NEAR)
-            self.fine = Objective(self.pipe, conditions, self.guidance, seed, near, batch).fine()
+            self.fine = self.objective.first(min(self.images, NEAR), batch).fine()
         self._record(0)
         self.at_start = self._measured(self.schedule)
 
@@ -170,9 +169,8 @@ class Polish:
         """Returns the score of a schedule's images, and the first ones' distance to the fine solution."""
         with attached(self.pipe, Tape(self.outputs, [0], self.replayed)):
             images = self.objective.images(schedule)
-        if not bool(images.isfinite().all()):
-            return math.inf, math.inf
-        return self.objective.score(images), distance(images[: len(self.fine)], self.fine)
+        score = self.objective.scored(images)
+        return score, distance(images[: len(self.fine)], self.fine) if math.isfinite(score) else math.inf
 
     def _deepen(self, best: Schedule, depth: int, done: int, share: Share,
                 advance: Callable[[int], None]) -> Schedule:  # fmt: skip
@@ -183,7 +181,7 @@ class Polish:
         self._record(len(best.steps) - depth + 1)
         tail = best.steps[-depth:]
         numbers = np.concatenate([step.corrections for step in tail])
-        found = [(self._value(best), best)]
+        start = self._value(best)
 
         def moved(values: Sequence[float]) -> Schedule:
             parts = np.split(np.asarray(values), np.cumsum([len(step.corrections) for step in tail])[:-1])
@@ -191,19 +189,16 @@ class Polish:
                      for step, part in zip(tail, parts, strict=True)]  # fmt: skip
             return replace(best, steps=(*best.steps[:-depth], *steps))
 
-        options = {"seed": self.seed + depth, "popsize": self.batch, "verbose": -9}
+        def score(asked: list[list[float]]) -> list[tuple[float, list[float]]]:
+            results = list(zip(share(asked, lambda values: self._value(moved(values))), asked, strict=True))
+            self._keep(results, advance)
+            return results
+
         width = WIDTH * self.at_start[1] / float(self.fine.double().square().mean().sqrt())
-        strategy = cma_library().CMAEvolutionStrategy(numbers.tolist(), width, options)
-        for _ in range(self.budget // self.depth // self.batch):
-            asked = [[float(number) for number in values] for values in strategy.ask()]
-            values = [value for value, _ in self.scored[done : done + len(asked)]]
-            if len(values) < len(asked):
-                values = share(asked, lambda values: self._value(moved(values)))
-                self._keep(list(zip(values, asked, strict=True)), advance)
-            strategy.tell(asked, [min(value, 1e9) for value in values])
-            found += [(value, moved(numbers)) for value, numbers in zip(values, asked, strict=True)]
-            done += len(asked)
-        return min(found, key=lambda pair: pair[0])[1]
+        tried = generations(numbers.tolist(), width, self.seed + depth, self.batch,
+                            self.budget // self.depth // self.batch, self.scored[done:], score)  # fmt: skip
+        value, values = min(tried, key=lambda result: result[0])
+        return moved(values) if value < start else best
 
     def _value(self, schedule: Schedule) -> float:
         """Returns the score, and more where the distance is beyond the bound."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..cma_engine import cma_library
+from ..cma_engine import cma_library, generations
 from ..errors import OptionError
 from .family import solver_of
 from .gits import gits_grids
@@ -71,8 +71,7 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
         """What has the fine solution that steps are fitted to."""
         if self.score is None:
             return self.objective(0)
-        first = self.objective(0).sampler
-        return Objective(self.pipe, first.conditions, first.guidance, first.seed, self.at_once)
+        return self.objective(0).first(self.at_once)
 
     def _fitted(self, schedule: Schedule) -> tuple[float, Schedule]:
         """Returns the score of a schedule with fitted steps, and the schedule."""
@@ -109,21 +108,17 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
         self._move(best, len(starts), left // self.batch, share, advance)
         return self.polished
 
-    def _move(self, best: Schedule, done: int, generations: int, share: Share,
+    def _move(self, best: Schedule, done: int, count: int, share: Share,
               advance: Callable[[int], None]) -> None:  # fmt: skip
         """Moves the nodes of a schedule; ``done`` candidates were polished before."""
-        strategy = cma_library().CMAEvolutionStrategy(
-            [0.0] * (len(best.sigmas) - 2), WIDTH,
-            {"seed": self.seed + 1, "popsize": self.batch, "verbose": -9},
-        )  # fmt: skip
-        for _ in range(generations):
-            moves = strategy.ask()
-            known = self.polished[done : done + len(moves)]
-            if len(known) < len(moves):
-                known = share([self.space.moved(best, move) for move in moves], self._fitted)
-                self._keep(known, advance)
-            strategy.tell(moves, [min(distance, 1e3) for distance, _ in known])
-            done += len(moves)
+
+        def score(moves: list[list[float]]) -> list[tuple[float, Schedule]]:
+            results = share([self.space.moved(best, move) for move in moves], self._fitted)
+            self._keep(results, advance)
+            return results
+
+        start = [0.0] * (len(best.sigmas) - 2)
+        generations(start, WIDTH, self.seed + 1, self.batch, count, self.polished[done:], score)
 
     def _starts(self, count: int) -> list[Schedule]:
         """Returns the best schedules with different nodes, and a plain solver on them."""

@@ -16,7 +16,7 @@ from ..search import Engine, Evolution, Space, read_state, write_state
 from .family import family_of
 from .objective import Objective, Score, name_of
 
-__all__ = ["ENGINES", "PipelineSearch", "Share"]
+__all__ = ["AT_ONCE", "ENGINES", "PipelineSearch", "Share", "alone"]
 
 G = TypeVar("G")
 S = TypeVar("S", bound=Space[Any])
@@ -29,6 +29,11 @@ TOP = 6
 """The candidates that are scored again."""
 AT_ONCE = 32
 """The most images that go through the network at once, for a score that needs many."""
+
+
+def alone(candidates: list[Any], function: Callable[[Any], Any]) -> list[Any]:
+    """Applies a function to candidates in this process."""
+    return [function(candidate) for candidate in candidates]
 
 
 @dataclass
@@ -159,7 +164,7 @@ class PipelineSearch(ABC, Generic[G, S]):
             advance: Told the number of candidates that were scored.
             share: Scores candidates in several processes; by default this one scores them all.
         """
-        share = share or (lambda candidates, function: [function(candidate) for candidate in candidates])
+        share = share or alone
         self._begin()
         advance(self.done)
         objective = self.objective(0)
