@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ Kind = Literal["vp", "ve", "edm", "flow"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 
 SINGULAR = 1e-8
+
+_PROBED: WeakKeyDictionary[Any, tuple[tuple[Any, ...], "Path"]] = WeakKeyDictionary()
 
 
 class NoiseLevel(NamedTuple):
@@ -97,7 +100,8 @@ class NoiseLevel(NamedTuple):
         """Returns x0 = (q sample - sigma output) / K; ZeroDivisionError at K = 0, unless output is x0."""
         if self.q == 0:
             return wide(output) / self.p
-        return (self.q * wide(sample) - self.sigma * wide(output)) / self._regular()
+        jacobian = self._regular()
+        return torch.sub(self.q / jacobian * wide(sample), wide(output), alpha=self.sigma / jacobian)
 
     def eps(self, output: Tensor, sample: Tensor) -> Tensor:
         """Returns eps = (alpha output - p sample) / K; ZeroDivisionError at K = 0, unless output is eps."""
@@ -250,10 +254,18 @@ def family_name(scheduler: Any) -> str:
 def probe(scheduler: Any) -> Path:
     """Returns the path of ten steps of a scheduler, which is left as it is: what can be known before a call.
 
+    It is worked out anew only where the scheduler's config or table has been replaced, since accelerators ask
+    for it at each call of a pipeline.
+
     Raises:
         UnsupportedScheduler: As `path_of`.
     """
-    return path_of(trial_of(scheduler))
+    made_of = getattr(scheduler, "config", None), getattr(scheduler, "alphas_cumprod", None)
+    known, path = _PROBED.get(scheduler, ((), None))
+    if path is None or any(old is not new for old, new in zip(known, made_of, strict=True)):
+        path = path_of(trial_of(scheduler))
+        _PROBED[scheduler] = made_of, path
+    return path
 
 
 def trial_of(scheduler: Any) -> Any:
@@ -288,6 +300,8 @@ def is_stochastic(scheduler: Any) -> str | None:
 
 def wide(tensor: Tensor) -> Tensor:
     """Returns a tensor in float32, or in its own type if that is wider."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -140,7 +140,7 @@ def test_the_errors_of_cells_make_the_error_of_the_sample():
         rules[0].plan(call, rules[0].reconstruct(call), None, np.array([[False, True, True]] * 2))
         assert rules[0].age.tolist() == [[index - 5, 0, 0]] * 2
         assert rules[0].stable(call, 1e9).tolist() == [[index < 11, True, True]] * 2, "twice max_skips"
-        distance = rules[0]._distance(position(path, index + 1))
+        distance = rules[0].history.distance(position(path, index + 1), rules[0].order).reshape(2, -1)
         assert (distance[:, 0] > distance[:, 1]).all()
 
 

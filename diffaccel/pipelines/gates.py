@@ -42,11 +42,31 @@ class Gate:
         self.original = getattr(owner, attribute)
         self.replaced = owner.__dict__.get(attribute)
         functools.update_wrapper(self, self.original)
+        self._forms: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     @functools.cached_property
     def signature(self) -> inspect.Signature:
-        """The signature of the method, worked out once: it would be a good part of an update's overhead."""
+        """The signature of the method."""
         return inspect.signature(self.original)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments of a call by name, as ``signature.bind`` does; quickly, as at each update.
+
+        Raises:
+            TypeError: If the method does not take them.
+        """
+        form = (len(args), *kwargs)
+        if form not in self._forms:  # which argument goes where depends on nothing else
+            places = dict(zip(kwargs, range(len(args), len(args) + len(kwargs)), strict=True))
+            self._forms[form] = self.signature.bind(*range(len(args)), **places).arguments
+        given = (*args, *kwargs.values())
+
+        def pick(place: Any) -> Any:
+            if isinstance(place, dict):  # what **kwargs takes
+                return {name: given[inner] for name, inner in place.items()}
+            return given[place] if isinstance(place, int) else tuple(given[inner] for inner in place)
+
+        return {name: pick(place) for name, place in self._forms[form].items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hands the call to the run of this thread, if it has opened the gate."""

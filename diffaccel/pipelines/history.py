@@ -1,35 +1,61 @@
-"""The last computed predictions of every sample of a batch, and polynomials through them."""
+"""The last computed predictions of every sample of a batch, and polynomials through them.
+
+Coordinates, and the weights made of them, are numbers as long as all samples share them, which they do where
+none was skipped on its own, and arrays (B) else: this is done at every step, mostly for shared ones.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["History", "lagrange_weights", "mix", "select"]
+__all__ = ["History", "Shared", "lagrange_weights", "mix", "select"]
+
+Shared = float | np.ndarray
+"""A number for all samples, or an array (B) with one for each."""
+
+_SAME = 1e-9
 
 
-def lagrange_weights(nodes: np.ndarray, at: float) -> np.ndarray:
+def lagrange_weights(nodes: Sequence[Shared], at: float) -> list[Shared]:
     """Returns the weights w_j = prod_{k != j} (u - u_k) / (u_j - u_k) of the polynomial through some nodes.
 
     Arguments:
-        nodes: The coordinates u_j, distinct, with shape (n, B).
+        nodes: The coordinates u_j, distinct.
         at: The coordinate u.
 
     Returns:
-        The weights, with shape (n, B); they sum to 1.
+        One weight a node; they sum to 1. They are 0 for samples with repeated or infinite nodes.
     """
-    weights = np.ones_like(nodes)
-    with np.errstate(divide="ignore", invalid="ignore"):  # samples that nobody asks for may repeat a node
-        for j in range(len(nodes)):
-            for k in range(len(nodes)):
-                if k != j:
-                    weights[j] *= (at - nodes[k]) / (nodes[j] - nodes[k])
-    return np.where(np.isfinite(weights), weights, 0.0)
+    weights: list[Shared] = []
+    arrays = any(isinstance(node, np.ndarray) for node in nodes)
+    with np.errstate(divide="ignore", invalid="ignore") if arrays else nullcontext():
+        for j, node in enumerate(nodes):
+            others = (other for k, other in enumerate(nodes) if k != j)
+            weights.append(math.prod((at - other) / (node - other) for other in others))
+    return [np.where(np.isfinite(weight), weight, 0.0) for weight in weights] if arrays else weights
 
 
-def mix(weights: np.ndarray, values: Tensor) -> Tensor:
-    """Returns sum_j w_j v_j for every sample; weights (n, B), values (n, B, *)."""
-    factors = torch.as_tensor(weights, dtype=values.dtype, device=values.device)
-    return (factors.reshape(factors.shape + (1,) * (values.ndim - 2)) * values).sum(0)
+def mix(weights: Sequence[Shared], values: Sequence[Tensor]) -> Tensor:
+    """Returns sum_j w_j v_j for every sample, with values of shape (B, *)."""
+    total = _factor(weights[0], values[0]) * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        if isinstance(weight, np.ndarray):
+            total += _factor(weight, value) * value
+        else:
+            total.add_(value, alpha=weight)
+    return total
+
+
+def _factor(weight: Shared, value: Tensor) -> Tensor | float:
+    if not isinstance(weight, np.ndarray):
+        return weight
+    factor = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+    return factor.reshape((-1,) + (1,) * (value.ndim - 1))
 
 
 def select(mask: np.ndarray, this: Tensor, other: Tensor) -> Tensor:
@@ -41,52 +67,52 @@ def select(mask: np.ndarray, this: Tensor, other: Tensor) -> Tensor:
 
 
 class History:
-    """The last ``size`` values of every sample, each sample at coordinates of its own, the newest last.
+    """The last values of every sample, each sample at coordinates of its own, the newest last.
 
     Arguments:
         size: The number of values kept.
+
+    Attributes:
+        values: So many tensors (B, *), once there is one.
+        nodes: Their coordinates; -inf where a sample has no value.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.values = torch.empty(0)
-        self.nodes = np.empty((0, 0))
+        self.values: list[Tensor] = []
+        self.nodes: list[Shared] = [-math.inf] * size
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.values, self.nodes = torch.empty(0), np.empty((0, 0))
+    def count(self) -> Any:
+        """Returns the number of values known of each sample."""
+        nodes: list[Any] = self.nodes
+        return sum(node > -math.inf for node in nodes)
 
-    @property
-    def count(self) -> np.ndarray:
-        """The number of values known of each sample, with shape (B)."""
-        return np.isfinite(self.nodes).sum(0)
-
-    def push(self, value: Tensor, coordinate: float, rows: np.ndarray) -> None:
+    def push(self, value: Tensor, coordinate: float, rows: np.ndarray | None = None) -> None:
         """Adds the value of some samples; at the coordinate of the last one it takes its place.
 
         Arguments:
             value: With shape (B, *).
             coordinate: The coordinate u.
-            rows: The samples concerned, bool (B).
+            rows: The samples concerned, bool (B); None for all.
         """
-        if not self.nodes.size:
-            self.nodes = np.full((self.size, len(value)), -np.inf)
-            self.values = value.new_zeros((self.size, *value.shape))
-        again = rows & (np.abs(self.nodes[-1] - coordinate) < 1e-9)  # two-stage solvers repeat a level
-        fresh = rows & ~again
-        if fresh.all():
-            self.values = torch.cat([self.values[1:], value[None]])
-            self.nodes[:-1] = self.nodes[1:]
-        else:
-            shifted = select(fresh, self.values.roll(-1, 0).transpose(0, 1), self.values.transpose(0, 1))
-            self.values = shifted.transpose(0, 1).contiguous()
-            self.values[-1] = select(rows, value, self.values[-1])
-            self.nodes[:-1, fresh] = self.nodes[1:, fresh]
-        self.nodes[-1, rows] = coordinate
+        values, nodes = self.values or [torch.zeros_like(value)] * self.size, self.nodes
+        newest: Any = nodes[-1]
+        again = abs(newest - coordinate) < _SAME  # two-stage solvers repeat a level
+        if rows is None and (again is False or not np.any(again)):
+            self.values, self.nodes = [*values[1:], value], [*nodes[1:], coordinate]
+            return
+        rows = np.ones(len(value), bool) if rows is None else rows
+        fresh = rows & ~np.full(len(value), again)
+        if fresh.any():
+            older = zip(values[1:], values, strict=False)
+            values = [*(select(fresh, later, earlier) for later, earlier in older), values[-1]]
+            nodes = [*(np.where(fresh, u, v) for u, v in zip(nodes[1:], nodes, strict=False)), nodes[-1]]
+        last = coordinate if rows.all() else np.where(rows, coordinate, newest)
+        self.values, self.nodes = [*values[:-1], select(rows, value, values[-1])], [*nodes[:-1], last]
 
     def predict(self, coordinate: float, order: int) -> Tensor:
         """Returns the value of the polynomial through the last ``order`` values, (B, *)."""
-        return mix(lagrange_weights(self._last(order), coordinate), self.values[-order:])
+        return mix(lagrange_weights(self.nodes[-order:], coordinate), self.values[-order:])
 
     def interpolate(self, coordinate: float, order: int, newest: Tensor, at: float) -> Tensor:
         """Returns the polynomial through the last ``order - 1`` values and one more, (B, *).
@@ -97,15 +123,10 @@ class History:
             newest: The further value, with shape (B, *).
             at: Its coordinate.
         """
-        nodes = np.concatenate([self._last(order - 1), np.full((1, self.nodes.shape[1]), at)])
-        values = torch.cat([self.values[1 - order :], newest[None]])
-        return mix(lagrange_weights(nodes, coordinate), values)
+        nodes = [*self.nodes[1 - order :], np.full(len(newest), at)]
+        return mix(lagrange_weights(nodes, coordinate), [*self.values[1 - order :], newest])
 
-    def distance(self, coordinate: float, order: int) -> np.ndarray:
-        """Returns prod_j |u - u_j| over the last ``order`` nodes, (B): the growth of an error."""
-        return np.abs(coordinate - self.nodes[-order:]).prod(0)
-
-    def _last(self, order: int) -> np.ndarray:
-        """Returns nodes that are distinct, where values are missing: such samples are not to be predicted."""
-        nodes = self.nodes[-order:]
-        return np.where(np.isfinite(nodes), nodes, -1e6 - np.arange(len(nodes))[::-1, None])
+    def distance(self, coordinate: float, order: int) -> Shared:
+        """Returns prod_j |u - u_j| over the last ``order`` nodes: the growth of an error."""
+        product: Any = math.prod(coordinate - node for node in self.nodes[-order:])
+        return abs(product)

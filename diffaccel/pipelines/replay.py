@@ -40,6 +40,10 @@ class Replay:
         self._returned: Tensor | None = None
         self._version = 0
 
+    def __bool__(self) -> bool:
+        """Whether there are updates that may have to be repeated."""
+        return bool(self._moments)
+
     def clear(self) -> None:
         """Forgets all updates."""
         self._moments.clear()
@@ -51,17 +55,17 @@ class Replay:
             return False  # none yet, or changed in place
         return last is sample or torch.equal(last, sample)
 
-    def step(self, call: Update, proceed: Proceed, skipped: np.ndarray, keep: bool) -> Any:
+    def step(self, call: Update, proceed: Proceed, skipped: np.ndarray | None) -> Any:
         """Makes an update, and remembers it if it may have to be repeated.
 
         Arguments:
             call: The update.
             proceed: What makes it.
-            skipped: The samples whose prediction is extrapolated, bool (B).
-            keep: Whether repetition is wanted.
+            skipped: The samples whose prediction is extrapolated, bool (B); None for none, or where no
+                repetition is wanted.
         """
-        del self._moments[: self._begin(skipped)]  # before the stretches that go on
-        if keep and skipped.any():
+        if skipped is not None and skipped.any():
+            del self._moments[: self._begin(skipped)]  # before the stretches that go on
             self._moments.append(_Moment(_state(call.run.scheduler), call, proceed, skipped))
         else:
             self._moments.clear()

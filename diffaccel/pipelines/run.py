@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedPipeline
@@ -148,8 +147,9 @@ def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 def own_index(scheduler: Any) -> int | None:
     """Returns the index of the next update that a scheduler knows by itself, or None."""
     for name in ("step_index", "begin_index"):
-        index = getattr(scheduler, name, None)
-        if index is not None:
+        # not by a default: diffusers' classes are slow to find that they lack a name
+        known = hasattr(type(scheduler), name) or name in vars(scheduler)
+        if known and (index := getattr(scheduler, name)) is not None:
             return int(index)
     return None
 
@@ -186,6 +186,7 @@ class Run:
         self._index = -1
         self._branches: dict[str, int] = {}
         self._path: Path | None = None
+        self._known: tuple[Any, list[float]] = (None, [])
         self._started = False
         self._watch = Stopwatch()
         self._handlers: dict[int, Callable[[Gate, tuple[Any, ...], dict[str, Any]], Any]] = {}
@@ -202,7 +203,7 @@ class Run:
     def num_updates(self) -> int:
         """The solver updates of the loop; a pipeline may leave out the first or the last of the path."""
         left = len(self.path) - self.first_index
-        announced = getattr(self.pipe, "_num_timesteps", None)
+        announced = vars(self.pipe).get("_num_timesteps")
         return min(left, announced) if isinstance(announced, int) and announced > 0 else left
 
     def __enter__(self) -> Self:
@@ -277,6 +278,7 @@ class Run:
 
     def _restart(self) -> None:
         self.step, self._index, self._branches, self._path = 0, -1, {}, None
+        self._known = (None, [])
         self._started = True
         for accelerator in self.stack:
             accelerator.start(self)
@@ -284,7 +286,7 @@ class Run:
     def _bound(self, gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a scheduler's method by name; some are only for the pipeline's own."""
         try:
-            return gate.signature.bind(*args, **kwargs).arguments
+            return gate.bind(args, kwargs)
         except TypeError as error:
             if self.replaced is None:
                 raise
@@ -357,22 +359,35 @@ class Run:
             return index
         if self.step or timestep is None:
             return self._index + 1
-        value = float(torch.as_tensor(timestep).flatten()[0])
-        known = self.scheduler.timesteps.tolist()
+        value, known = _number(timestep), self._timesteps()
         return known.index(value) if value in known else 0
+
+    def _timesteps(self) -> list[float]:
+        """Returns the scheduler's timesteps, read from the device once."""
+        source = self.scheduler.timesteps
+        if self._known[0] is not source:
+            self._known = (source, source.tolist())
+        return self._known[1]
 
     def _locate(self, timestep: Any) -> int:
         """Returns the index of an update in the path: the scheduler's own, else that of the timestep."""
         if (index := own_index(self.scheduler)) is not None:
             return index
-        if hasattr(self.scheduler, "index_for_timestep"):
+        if hasattr(type(self.scheduler), "index_for_timestep"):
             return int(self.scheduler.index_for_timestep(timestep))
-        value, timesteps = float(torch.as_tensor(timestep).flatten()[0]), self.scheduler.timesteps
-        if self._index + 1 < len(timesteps) and float(timesteps[self._index + 1]) == value:
+        value, timesteps = _number(timestep), self._timesteps()
+        if self._index + 1 < len(timesteps) and timesteps[self._index + 1] == value:
             return self._index + 1
-        matches = [i for i, known in enumerate(timesteps.tolist()) if known == value]
+        matches = [i for i, known in enumerate(timesteps) if known == value]
         later = [index for index in matches if index > self._index]  # PNDM repeats a timestep
         return (later or matches or [self._index + 1])[0]
+
+
+def _number(timestep: Any) -> float:
+    """Returns a timestep, the first one of a tensor."""
+    if isinstance(timestep, Tensor) and timestep.ndim:
+        timestep = timestep.flatten()[0]
+    return float(timestep)
 
 
 def check_stack(pipe: Any, stack: Sequence[Accelerator]) -> None:

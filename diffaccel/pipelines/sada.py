@@ -156,12 +156,13 @@ class Sada(Accelerator):
         self.rule: Rule | None = None
         self.replay = Replay()
         self.last: dict[tuple[str, int], tuple[int, Any]] = {}
-        self.skip = np.zeros(0, bool)
+        self.skip = self.nobody = np.zeros(0, bool)
         self.wanted = np.ones((0, 1), bool)
+        self.idle = True  # whether the next evaluation is that of all samples in all of their cells
         self.cells = WHOLE
         if self.thin:
             self.thin.clear()
-        self.ran: np.ndarray | None = None
+        self.skipped = False  # whether an evaluation of this step has left out the samples that skip
         self.network = ""
         self.batch = 0
         self.compiled: dict[str, bool] = {}
@@ -174,20 +175,20 @@ class Sada(Accelerator):
         denoiser = call.network not in AUXILIARY
         known, previous = self.last.get(key, (0, None))
         switched = denoiser and (call.network != self.network or known not in (0, call.rows))
-        idle = not self.skip.any() and self.wanted.all()
-        if known != call.rows or switched or idle:
-            output, ran = self._part(call, proceed, range(batch)), np.ones(batch, bool)
+        skips = False
+        if self.idle or known != call.rows or switched:
+            output = self._part(call, proceed, range(batch))
         elif self.skip.all():
-            output, ran = previous, ~self.skip
+            output, skips = previous, True
         elif call.rows % batch or self._is_compiled(call):  # frames may be samples, but not rows
-            output, ran = self._part(call, proceed, range(batch)), np.ones(batch, bool)
+            output = self._part(call, proceed, range(batch))
         else:
-            output, ran = self._some(call, proceed, previous), ~self.skip
-        if not ran.all():
-            call.log(self, "skip", np.flatnonzero(~ran).tolist())
+            output, skips = self._some(call, proceed, previous), bool(self.skip.any())
+        if skips:
+            call.log(self, "skip", np.flatnonzero(self.skip).tolist())
         self.last[key] = (call.rows, output)
         if denoiser:
-            self.ran = ran if self.ran is None else self.ran & ran
+            self.skipped |= skips
             if switched and self.network:
                 self.rule = None
             self.network = call.network
@@ -235,48 +236,53 @@ class Sada(Accelerator):
         if self.is_off:
             return proceed(call)
         self._check_batch(call)
-        level, ran = call.run.path[call.index], self._begin_update(call)
-        rule, fresh = self.rule, self._fresh(ran)
+        level, missing = call.run.path[call.index], self._begin_update(call)
+        rule, fresh = self.rule, self._fresh(missing)
         assert rule is not None
         x0 = level.x0(call.output, call.sample)
-        if not fresh.all():
+        if fresh is not None:
             x0 = self._select(fresh, x0, rule.reconstruct(call).to(x0.dtype))
-        corrected = self._corrected(call, x0, ran)
+        corrected = self._corrected(call, x0, missing)
         if corrected is not call:
-            call, x0 = corrected, self._select(fresh, level.x0(call.output, corrected.sample), x0)
-        if not fresh.all():
+            newest = level.x0(call.output, corrected.sample)
+            call, x0 = corrected, newest if fresh is None else self._select(fresh, newest, x0)
+        if fresh is not None:
             rebuilt = level.output(x0, call.sample).to(call.output.dtype)
             call = replace(call, output=self._select(fresh, call.output, rebuilt))
         keep = self.correct and isinstance(rule, ErrorRule)
-        result = self.replay.step(call, proceed, ~ran, keep)
+        result = self.replay.step(call, proceed, missing if keep else None)
         allowed, possible = rule.plan(call, x0, result, fresh), self._in_range(call)
-        self.skip = allowed & possible
+        self.skip = self.nobody if allowed is None else allowed & possible
         self._choose(call, possible)
-        self.ran = None
+        unaware = allowed is None and self.thin is None
+        self.idle = unaware or not (self.skip.any() or not self.wanted.all())
+        self.skipped = False
         return result
 
-    def _begin_update(self, call: Update) -> np.ndarray:
-        """Returns the samples whose networks ran, bool (B); begins anew where there is nothing to go by."""
+    def _begin_update(self, call: Update) -> np.ndarray | None:
+        """Returns the samples whose networks did not run, bool (B); begins anew where there is no past."""
+        if self.rule is not None:
+            return self.skip if self.skipped else None
         batch = len(call.sample)
-        ran = self.ran if self.ran is not None and len(self.ran) == batch else np.ones(batch, bool)
-        if self.rule is None:
-            self.cells = self.thin.cells(self.network, call.sample.shape) if self.thin else WHOLE
-            self.rule = self.start_rule(call.run)
-            self.replay.clear()
-            self.wanted = np.ones((batch, self.cells.count), bool)
-            ran = np.ones(batch, bool)  # a new rule has nothing to reconstruct from
-        return ran
+        self.cells = self.thin.cells(self.network, call.sample.shape) if self.thin else WHOLE
+        self.rule = self.start_rule(call.run)
+        self.replay.clear()
+        self.wanted, self.nobody = np.ones((batch, self.cells.count), bool), np.zeros(batch, bool)
+        return None  # a new rule has nothing to reconstruct from
 
-    def _fresh(self, ran: np.ndarray) -> np.ndarray:
-        """Returns the cells whose prediction is taken as the network gave it, bool (B, T)."""
-        assert self.rule is not None
-        wanted = self.wanted if self.rule.fills else np.ones_like(self.wanted)
-        return wanted & ran[:, None]
+    def _fresh(self, missing: np.ndarray | None) -> np.ndarray | None:
+        """Returns the cells whose prediction is taken as the network gave it, bool (B, T); None for all."""
+        fills = self.thin is not None and self.rule is not None and self.rule.fills and not self.wanted.all()
+        if missing is None:
+            return self.wanted if fills else None
+        return (self.wanted if fills else np.ones_like(self.wanted)) & ~missing[:, None]
 
     def _choose(self, call: Update, possible: bool) -> None:
         """Chooses the cells that the next evaluation computes."""
+        if self.thin is None or self.rule is None:
+            return  # all of them
         self.wanted = np.ones_like(self.wanted)
-        if self.thin is not None and self.rule is not None and possible:
+        if possible:
             self.wanted = ~self.rule.stable(call, self.tokens)
             if self.window:
                 self.wanted |= self.cells.lattice(call.step + 1, self.window)
@@ -303,13 +309,14 @@ class Sada(Accelerator):
             raise UnsupportedPipeline(f"sada cannot accelerate this {type(call.run.pipe).__name__}: {what}")
         self.batch = batch
 
-    def _corrected(self, call: Update, x0: Any, ran: np.ndarray) -> Update:
+    def _corrected(self, call: Update, x0: Any, missing: np.ndarray | None) -> Update:
         rule = self.rule
-        if not isinstance(rule, ErrorRule) or not self.correct:
+        if not self.replay or not isinstance(rule, ErrorRule) or not self.correct:
             return call
         if not self.replay.follows(call.sample):  # the pipeline has changed it, as inpainting does
             self.replay.clear()
             return call
+        ran = ~(self.nobody if missing is None else missing)
         return self.replay.correct(call, ran, lambda old: rule.interpolate(x0, call, old))
 
     def _in_range(self, call: Update) -> bool:

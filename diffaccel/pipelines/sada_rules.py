@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..noise import Path
 from .cells import WHOLE, Cells
-from .history import History
+from .history import History, Shared
 from .run import Update
 
 __all__ = ["ErrorRule", "Rule", "StabilityRule", "position"]
 
+_TINY = 1e-12
 _FARTHEST = 12.0  # log-SNR beyond this (alpha or sigma nearly 0) is one place
 
 
@@ -31,14 +32,17 @@ class Rule(Protocol):
     def reconstruct(self, call: Update) -> Tensor:
         """Returns the x0 of a skipped update, (B, *)."""
 
-    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray) -> np.ndarray:
-        """Learns from an update and returns the samples that may skip the next one, bool (B).
+    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray | None) -> np.ndarray | None:
+        """Learns from an update.
 
         Arguments:
             call: The update.
             x0: The prediction, with shape (B, *).
             result: What the scheduler returned.
-            fresh: The cells that were computed, bool (B, T).
+            fresh: The cells that were computed, bool (B, T); None for all.
+
+        Returns:
+            The samples that may skip the next update, bool (B); None for none.
         """
 
     def stable(self, call: Update, tokens: float) -> np.ndarray:
@@ -83,9 +87,10 @@ class ErrorRule:
         self.tolerance, self.max_skips, self.order = tolerance, max_skips, order
         self.history = History(order + 1)
         self.cells = cells
-        self.todo = np.zeros(0, int)
-        self.age = np.zeros((0, 1), int)  # updates since a cell was computed
-        self.rates = np.zeros((0, 1))  # the error over prod_j |u - u_j|
+        self.todo: np.ndarray | int = 0
+        self.age: np.ndarray | int = 0  # updates since a cell was computed
+        self.rates: np.ndarray | float = math.inf  # the error over prod_j |u - u_j|
+        self.shape = (0, cells.count)
 
     def reconstruct(self, call: Update) -> Tensor:
         """Returns the extrapolated x0."""
@@ -94,39 +99,29 @@ class ErrorRule:
     def interpolate(self, newest: Tensor, call: Update, old: Update) -> Tensor:
         """Returns the x0 of an earlier update ``old``, now that the one of ``call`` has been computed."""
         path, newest = call.run.path, self.cells.split(newest)
-        enough = int(self.history.count.min())
-        order = min(self.order + 1, enough) + 1
+        order = min(self.order + 1, int(np.min(self.history.count()))) + 1
         return self.cells.join(
             self.history.interpolate(position(path, old.index), order, newest, position(path, call.index))
         )
 
-    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray) -> np.ndarray:
+    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray | None) -> np.ndarray | None:
         """Stores the computed predictions, and counts the updates that may be skipped."""
-        fresh = fresh.reshape(len(fresh), -1)
-        if not self.todo.size:
-            self.todo, self.age = np.zeros(len(fresh), int), np.zeros(fresh.shape, int)
-            self.rates = np.full(fresh.shape, np.inf)
-        here, rows, ran = position(call.run.path, call.index), fresh.ravel(), np.any(fresh, 1)
-        x0, known = self.cells.split(x0), self._known
-        self.todo = np.maximum(self.todo - ~ran, 0)
-        self.age = np.where(fresh, 0, self.age + 1)
-        if rows.any() and known.any():
-            pair = torch.stack([self.history.predict(here, self.order) - x0, x0])
-            wrong, size = pair.flatten(2).norm(dim=2).double().cpu().numpy().reshape(2, *fresh.shape)
-            size = np.maximum(np.sqrt((size**2).sum(1, keepdims=True)), 1e-12)
-            rates = wrong / size / np.maximum(self._distance(here), 1e-12)
-            self.rates = np.where(fresh & known, rates, self.rates)
-        self.history.push(x0, here, rows)
+        x0, here = self.cells.split(x0), position(call.run.path, call.index)
+        self.shape = (len(x0) // self.cells.count, self.cells.count)
+        known, span = self.history.count() >= self.order, self.history.distance(here, self.order)
+        norms = self._compare(x0, here) if known is True or np.any(known) else None
+        self.history.push(x0, here, None if fresh is None else fresh.ravel())
         last = call.run.num_updates + call.run.first_index - 1
-        allowed, count = ran & known.all(1), np.zeros(len(ran), int)
-        for index in range(call.index + 1, min(call.index + self.max_skips, last - 1) + 1):
-            with np.errstate(invalid="ignore"):
-                error = np.sqrt((self._errors(call, index) ** 2).sum(1))
-                allowed &= error < self.tolerance
-            if not allowed.any():
-                break
-            count += allowed
-        self.todo = np.where(ran, count, self.todo)
+        coming = range(call.index + 1, min(call.index + self.max_skips, last - 1) + 1)
+        if fresh is None and (norms is None or not self._is_promising(call, norms, span, coming)):
+            self.todo = self.age = 0
+            return None
+        fresh = np.full(self.shape, True) if fresh is None else fresh.reshape(self.shape)
+        ran, known = np.any(fresh, 1), self._cellwise(known)
+        self.age = np.where(fresh, 0, self.age + 1)
+        if norms is not None:
+            self._measure(norms, span, fresh & known)
+        self.todo = np.where(ran, self._count(call, ran & known.all(1), coming), np.maximum(self.todo - 1, 0))
         return self.todo > 0
 
     def stable(self, call: Update, tokens: float) -> np.ndarray:
@@ -134,29 +129,62 @@ class ErrorRule:
 
         No cell is left out of more than twice ``max_skips`` updates in a row.
         """
-        with np.errstate(invalid="ignore"):
-            errors = self._errors(call, call.index + 1) * math.sqrt(self.cells.count)
-            return self._known & (self.age < 2 * self.max_skips) & (errors < tokens * self.tolerance)
+        known = self._cellwise(self.history.count() >= self.order)
+        errors = self._errors(call, call.index + 1) * math.sqrt(self.cells.count)
+        allowed = known & (self.age < 2 * self.max_skips) & (errors < tokens * self.tolerance)
+        return np.broadcast_to(allowed, self.shape)
+
+    def _compare(self, x0: Tensor, here: float) -> list[float]:
+        """Returns the norms |x0 - e| of all cells, and then the norms |x0|."""
+        pair = torch.cat([self.history.predict(here, self.order).sub_(x0), x0])
+        return torch.linalg.vector_norm(pair, dim=list(range(1, x0.ndim))).tolist()
+
+    def _is_promising(self, call: Update, norms: list[float], span: Shared, coming: range) -> bool:
+        """Returns whether a sample may skip: what is known at less expense than of which, and how often."""
+        if not coming or self.cells.count > 1 or isinstance(span, np.ndarray):
+            return bool(coming)
+        factor, half = self._growth(call, coming[0]) / max(span, _TINY), len(norms) // 2
+        bounds = (self.tolerance * max(size, _TINY) for size in norms[half:])
+        return any(wrong * factor < bound for wrong, bound in zip(norms[:half], bounds, strict=True))
+
+    def _measure(self, norms: list[float], span: Shared, rows: np.ndarray) -> None:
+        """Learns the errors of some cells, bool (B, T)."""
+        wrong, size = np.reshape(norms, (2, *self.shape))
+        scale = np.maximum(_together(size), _TINY)[:, None] * np.maximum(self._cellwise(span), _TINY)
+        self.rates = np.where(rows, wrong / scale, self.rates)
+
+    def _count(self, call: Update, allowed: np.ndarray, coming: range) -> np.ndarray:
+        """Returns how many of the coming updates may be skipped, for the samples that are allowed to, (B)."""
+        count = np.zeros(len(allowed), int)
+        for index in coming:
+            if not allowed.any():
+                break
+            allowed &= _together(self._errors(call, index)) < self.tolerance
+            count += allowed
+        return count
 
     def _errors(self, call: Update, index: int) -> np.ndarray:
         """Returns how far the sample would be off, relative to x0, were a cell extrapolated, (B, T)."""
+        with np.errstate(invalid="ignore"):  # infinite rates of cells that are not known
+            return np.multiply(self.rates, self._cellwise(self._growth(call, index)))
+
+    def _growth(self, call: Update, index: int) -> Shared:
+        """Returns how an error of x0 grows until an update, times how far it moves the sample."""
         path, stages = call.run.path, getattr(call.run.scheduler, "order", 1)
-        growth = self._distance(position(path, index))
-        here = position(path, call.index)
-        if position(path, index) in (position(path, index + 1), here):
-            following = self._distance(position(path, index + 1))
-            growth = np.maximum(growth, following)  # a repeated level is not a free one
-        return self.rates * growth * _influence(path, index, stages)
+        here, there, following = (position(path, i) for i in (call.index, index, index + 1))
+        growth = self.history.distance(there, self.order)
+        if there in (following, here):  # a repeated level is not a free one
+            growth = np.maximum(growth, self.history.distance(following, self.order))
+        return growth * _influence(path, index, stages)
 
-    @property
-    def _known(self) -> np.ndarray:
-        """The cells that can be extrapolated, bool (B, T)."""
-        if not self.history.nodes.size:
-            return np.zeros(self.rates.shape, bool)
-        return (self.history.count >= self.order).reshape(self.rates.shape)
+    def _cellwise(self, values: Shared) -> np.ndarray:
+        """Returns what is known of all cells in their shape, (B, T)."""
+        return values.reshape(self.shape) if isinstance(values, np.ndarray) else np.full(self.shape, values)
 
-    def _distance(self, coordinate: float) -> np.ndarray:
-        return self.history.distance(coordinate, self.order).reshape(self.rates.shape)
+
+def _together(values: np.ndarray) -> np.ndarray:
+    """Returns the norm over the cells (B, T) of each sample, (B)."""
+    return values[:, 0] if values.shape[1] == 1 else np.sqrt((values**2).sum(1))
 
 
 def _influence(path: Path, index: int, stages: int) -> float:
@@ -209,28 +237,27 @@ class StabilityRule:
 
     def reconstruct(self, call: Update) -> Tensor:
         """Returns the step-wise x0, or the multistep-wise one in the late phase."""
-        if call.step > self.phase and int(self.history.count.min()) >= self.nodes:
+        if call.step > self.phase and np.min(self.history.count()) >= self.nodes:
             return self.history.predict(float(call.step), self.nodes)
         level, path = call.run.path[call.index], call.run.path
         scale = float(path.to_time_coordinates(call.index, torch.ones((), dtype=torch.float64)))
         return (self.predicted - scale * level.sigma * self.eps) / (scale * level.alpha)
 
-    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray) -> np.ndarray:
+    def plan(self, call: Update, x0: Tensor, result: Any, fresh: np.ndarray | None) -> np.ndarray:
         """Evaluates the criterion on the solver's own result."""
         path, index, step = call.run.path, call.index, call.step
-        fresh = fresh.reshape(len(fresh), -1)
-        ran = np.any(fresh, 1)
+        ran = np.ones(len(x0), bool) if fresh is None else np.any(fresh.reshape(len(x0), -1), 1)
         if not self.in_row.size:
             self.in_row, self.since = np.zeros(len(ran), int), np.zeros(len(ran), int)
-            self.means = np.zeros(fresh.shape)
+            self.means = np.zeros((len(x0), self.cells.count))
         if step % self.interval == 1:
-            self.history.push(x0, float(step), np.ones(len(x0), bool))
+            self.history.push(x0, float(step))
         level = path[index]
         eps = (call.sample.to(x0.dtype) - level.alpha * x0) / level.sigma
         self.eps = eps
         self.velocities = [*self.velocities[-2:], path.velocity(index, x0, eps)]
         stable = self._stable(call, result)
-        late = step >= self.phase and len(self.history.nodes) and self.history.count.min() >= self.nodes
+        late = step >= self.phase and np.min(self.history.count()) >= self.nodes
         if late:  # this phase is not adaptive
             stable = np.full(len(x0), step % self.interval != 0)
         self.in_row = np.where(ran, 0, self.in_row + 1)
