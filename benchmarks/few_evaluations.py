@@ -67,7 +67,8 @@ SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
 """diffusers' schedulers that sample such models, on the grid that serves them best; the last three are random.
 
 Left out are copies (DDIMParallel), those of other kinds of models (EDM, TCD), IPNDM, whose noise levels are
-its own, DPMSolverSDE, which needs torchsde, and FlowMatchEuler and FlowMatchHeun, which `DiTPipeline` refuses."""
+its own, DPMSolverSDE, which needs torchsde, and FlowMatchEuler and FlowMatchHeun, which `DiTPipeline` refuses.
+"""
 
 OURS = ("S3", "S3 before polishing")
 """The rows of searched schedules: those that ship, and those that steps were only fitted for."""
