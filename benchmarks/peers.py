@@ -57,6 +57,7 @@ from diffaccel.files import whole
 from diffaccel.kept import kept_arrays
 from diffaccel.pipelines import attached, resolve
 from diffaccel.pipelines.accelerator import tag
+from diffaccel.samplers.searched import fitting
 from diffaccel.zoo.folders import quiet
 
 FOLDER, SEED = Path(__file__).parent, 400_000_000
@@ -87,6 +88,7 @@ class Method:
         setting: Its setting, as text.
         steps: The steps of the call.
         attach: Attaches it to the pipeline.
+        content: What its setting does not tell: the schedule or the plan, as text.
     """
 
     group: str
@@ -94,12 +96,13 @@ class Method:
     setting: str
     steps: int
     attach: Callable[[], AbstractContextManager[Any]] = nullcontext
+    content: str = ""
 
     @property
     def file(self) -> str:
         """The name that its measurements are kept under."""
         text = f"{self.group} {self.name} {self.setting}"
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        digest = hashlib.sha256((text + self.content).encode()).hexdigest()[:8]
         return f"{re.sub('[^A-Za-z0-9.]+', '-', text)[:60]}-{digest}"
 
 
@@ -123,11 +126,14 @@ def methods(subject: Subject, steps: int, plan: str) -> list[Method]:
     for spec in specs:
         (stack,) = resolve(spec)
         setting = tag(stack).removeprefix(stack.name).strip("()")
-        rows.append(Method("ours", stack.name, setting, steps, functools.partial(attached, pipe, spec)))
-    searched = resolve("s3")[0]
-    counts = [] if searched.check(pipe) else [count for count in searched.step_counts(pipe) if count < steps]
-    rows += [Method("ours", "s3", f"{count} steps", count, functools.partial(attached, pipe, "s3"))
-             for count in counts]  # fmt: skip
+        content = Path(plan).read_text(encoding="utf-8") if stack.name == "auto" else ""
+        rows.append(
+            Method("ours", stack.name, setting, steps, functools.partial(attached, pipe, spec), content)
+        )
+    known = [] if resolve("s3")[0].check(pipe) else fitting(pipe)
+    rows += [Method("ours", "s3", f"{schedule.evaluations} steps", schedule.evaluations,
+                    functools.partial(attached, pipe, "s3"), json.dumps(schedule.to_dict()))
+             for schedule in known if schedule.evaluations < steps]  # fmt: skip
     return rows
 
 

@@ -46,7 +46,11 @@ def gaussian_std(ratios, std=0.5):
 def test_uniform_timesteps_of_gaussian_data_and_the_search_for_better_ones():
     path = linear()
     uniform = [path.ratio(time) for time in (750, 500, 250, 0)]
+    trailing = [path.ratio(time) for time in (999, 749, 499, 249)]
+    linspace = [path.ratio(time) for time in (999, 666, 333, 0)]
     assert gaussian_std([*uniform, 0.0]) == pytest.approx(0.2254, abs=2e-4)
+    assert gaussian_std([*trailing, 0.0]) == pytest.approx(0.2176, abs=2e-4)
+    assert gaussian_std([*linspace, 0.0]) == pytest.approx(0.1644, abs=2e-4)
     for seed in range(5):
         space = ThinningSpace(path, 4, {}, "ddim", earliest=0.0)  # as the publication
         evolution = Evolution(space, seed)
@@ -89,6 +93,35 @@ def test_timesteps_of_ddim_are_those_of_diffusers():
         x = scheduler.step(torch.tanh(x), theirs, x).prev_sample
         y = ours.step(torch.tanh(y), mine, y).prev_sample
     assert torch.allclose(x, y, atol=2e-6)
+
+
+def test_one_step_returns_x0_and_all_steps_are_those_of_ddim():
+    scheduler = DDIMScheduler(num_train_timesteps=50, clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(50)
+    ours = solver_of(scheduler, schedules=None, solver="ddim")
+    x = y = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours.set_timesteps(timesteps=[30])
+    alpha = float(scheduler.alphas_cumprod[30]) ** 0.5
+    x0 = (x - (1 - alpha**2) ** 0.5 * torch.tanh(x)) / alpha
+    assert torch.allclose(ours.step(torch.tanh(x), ours.timesteps[0], x).prev_sample, x0, atol=1e-6)
+    ours.set_timesteps(timesteps=scheduler.timesteps.tolist())
+    for theirs, mine in zip(scheduler.timesteps, ours.timesteps, strict=True):
+        x = scheduler.step(torch.tanh(x), theirs, x).prev_sample
+        y = ours.step(torch.tanh(y), mine, y).prev_sample
+    assert torch.allclose(x, y, atol=1e-6)
+
+
+def test_samples_do_not_know_of_their_neighbors():
+    case, pipe = TINY["dit"], fresh("dit")
+    layers = list(residual_layers(pipe.transformer))
+    accelerate(pipe, AutoDiffusion.of(thinned(pipe, 4, [(), (layers[0],), (), (layers[-1],)])))
+
+    def images(seeds):
+        given = {**case.call, "class_labels": [seed + 1 for seed in seeds], "output_type": "np"}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(**given, num_inference_steps=4, generator=generators).images
+
+    assert np.abs(images([0, 1, 2])[1] - images([1])[0]).max() < 1e-5
 
 
 def test_operators_are_legal_deterministic_and_leave_parents_alone():

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
-from toy_mixture import LOW, START, drive, ending, log_grid, rms, solver
+from toy_mixture import HIGH, LOW, START, drive, ending, log_grid, rms, solver
 
 from diffaccel.samplers import SOLVERS, Schedule, Step, solver_schedule
 from diffaccel.samplers.exponential import Level, combine, phi
+from diffaccel.samplers.grids import karras
 
 RATIOS, TARGET = (0.8, 1.7, 3.1, 6.0), 0.45  # newest first
 
@@ -222,6 +223,15 @@ def test_order_from_an_exact_start(order, prediction, rough):
     assert found >= 3.8 if order == 4 else abs(found - order) < 0.12
 
 
+@pytest.mark.parametrize("step", [Step(2, scaling="bh2"), Step(2, "epsilon"), Step(3), Step(3, "epsilon")])
+def test_order_on_the_grid_of_karras(step):
+    errors = []
+    for count in (128, 256):
+        sigmas = tuple(karras(count + 1, HIGH, LOW, 7.0).tolist())
+        errors.append(rms(drive(repeated(step, sigmas), exact_nodes=3) - ending()))
+    assert abs(math.log2(errors[0] / errors[1]) - step.order) < 0.12
+
+
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_corrector_adds_an_order(order):
     found = slope(Step(order, scaling="bh2" if order < 3 else "none", corrector=True), (128, 256))
@@ -265,6 +275,29 @@ def test_paths_agree(name):
     for kind, prediction in (("ve", "epsilon"), ("flow", "flow_prediction"), ("flow", "epsilon"),
                              ("vp", "v_prediction"), ("vp", "sample")):  # fmt: skip
         assert np.abs(drive(schedule, kind, prediction) - expected).max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["noise", "mean"])
+def test_paths_agree_about_the_analytic_first_step(kind):
+    schedule = Schedule((*log_grid(5), 0.0), (Step(), *[Step(2)] * 4, Step()), kind)
+    expected = drive(schedule, "vp")
+    for path, prediction in (("ve", "epsilon"), ("flow", "flow_prediction"), ("vp", "v_prediction")):
+        assert np.abs(drive(schedule, path, prediction) - expected).max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["noise", "mean"])
+def test_analytic_first_step_is_exact_from_pure_noise(kind):
+    """Against the evaluation of Gaussian data, x0 = c^2 / (c^2 + S^2) y: what is missing falls as 1 / S."""
+    c, errors = 0.37, []
+    for high in (30.0, 300.0, 3000.0):
+        schedule = Schedule((high, 1.0, 0.0), (Step(), Step()), kind)
+        scheduler = solver("flow", "flow_prediction", schedules=[schedule.to_dict()])
+        scheduler.set_timesteps(1)
+        level, target = scheduler.levels[:2]
+        rule = combine(Step(), [level], target, 1)
+        evaluated = rule.sample + rule.x0[0] * c**2 / (c**2 + high**2) / level.alpha
+        errors.append(abs(scheduler._advance() / evaluated - 1))
+    assert errors[1] < 0.12 * errors[0] and errors[2] < 0.12 * errors[1]
 
 
 # ---------------------------------------------------------------- Gaussian data

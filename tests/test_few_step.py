@@ -49,6 +49,12 @@ def test_nodes(name):
     np.testing.assert_allclose(sigmas[-len(expected) :], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "time", "ratio"), [("7", 145.42, 0.4458), ("xl-7", 130.23, 0.4117)])
+def test_ends_of_seven_evaluations(name, time, ratio):
+    assert recipe_times(RECIPES[name], PATH)[-1] == pytest.approx(time, abs=0.01)
+    assert recipe_schedule(RECIPES[name], PATH).sigmas[-1] == pytest.approx(ratio, abs=1e-4)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_steps(name):
     schedule, recipe = recipe_schedule(RECIPES[name], PATH), RECIPES[name]
@@ -179,7 +185,7 @@ def test_refusals():
         pipe.to(accel="few-step:8")
     pipe.to(accel={"few-step": {"final_denoise": True}})
     assert torch.isfinite(run(TINY["ddim"], pipe, 9)).all()
-    with pytest.raises(DiffaccelError, match="no preset '9'; known: 4, 5, 6, 8"):
+    with pytest.raises(DiffaccelError, match="no preset '9'; known: 4, 5, 6, 7, 8"):
         pipe.to(accel="few-step:9")
     with pytest.raises(OptionError, match="recipe"):
         pipe.to(accel={"few-step": {"recipe": "9"}})

@@ -1,16 +1,19 @@
 """The scheduler in pipelines: saved and loaded, from an image, with an analytic first step."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import TINY, run
+from tiny_pipelines import TINY, fresh, run
 from toy_mixture import START, solver
 
-from diffaccel.errors import OptionError
+from diffaccel.errors import OptionError, UnsupportedPipeline
 from diffaccel.samplers import Schedule, ScheduleError, Step, UnifiedSolverScheduler, solver_schedule
+from diffaccel.samplers.family import family_of, scales_input
 
 VP = (14.0, 5.0, 2.0, 1.0, 0.4, 0.1, 0.0)
 
@@ -97,6 +100,42 @@ def test_an_analytic_first_step_is_that_of_its_assumption():
         scheduler.step(x, scheduler.timesteps[0], x)
 
 
+@pytest.mark.parametrize("analytic", ["none", "noise", "mean"])
+def test_pipelines_without_scaled_inputs_have_no_analytic_first_step(analytic, tmp_path):
+    """Told when it is attached; the pipelines of Stable Diffusion call scale_model_input."""
+    steps = (Step(),) * (4 if analytic == "none" else 5)
+    for name, scales in (("sd", True), ("sdxl", True), ("dit", True), ("flux", False), ("sd3", False)):
+        pipe = fresh(name)
+        assert scales_input(pipe) == scales
+        sigmas = (9.0, 5.0, 2.0, 1.0, 0.3)[: len(steps)]
+        schedule = Schedule((*sigmas, 0.0), steps, analytic, facts={"family": family_of(pipe)})
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(schedule.to_dict()))
+        if scales or analytic == "none":
+            assert torch.isfinite(run(TINY[name], pipe.to(accel=f"s3:{file}"), 4)).all()
+        else:
+            with pytest.raises(UnsupportedPipeline, match="does not call scale_model_input"):
+                pipe.to(accel=f"s3:{file}")
+
+
+def test_a_run_that_begins_late_leaves_corrections_out():
+    """They were fitted to whole runs."""
+    plain = Schedule(VP, (Step(), *[Step(2)] * 4, Step()))
+    steps = [replace(step, corrections=(0.05, -0.02)) for step in plain.steps]
+    results = []
+    for schedule in (plain, replace(plain, steps=tuple(steps))):
+        scheduler, ends = solver(schedules=[schedule.to_dict()]), []
+        for begin in (0, 2):
+            scheduler.set_timesteps(6)
+            scheduler.set_begin_index(begin)
+            x = torch.tensor(START)
+            for timestep in scheduler.timesteps[begin:]:
+                x = scheduler.step(torch.tanh(x), timestep, x).prev_sample
+            ends.append(x)
+        results.append(ends)
+    assert torch.equal(results[0][1], results[1][1]) and not torch.equal(results[0][0], results[1][0])
+
+
 def test_analytic_first_step_from_an_image():
     """With all of the steps, the image is noised for the node that the analytic step leaves."""
     scheduler = solver(schedules=[Schedule(VP, (Step(),) * 6, "mean").to_dict()])
@@ -117,6 +156,7 @@ def test_random_decisions_evaluate_as_often_as_they_say():
         correct = [*(bool(rng.random() < 0.5) for _ in orders[1:]), False]
         steps = [Step(n, "theta", corrector=flag) for n, flag in zip(orders, correct, strict=True)]
         kind = str(rng.choice(["none", "noise", "mean"]))
+        steps[0] = Step() if kind != "none" else steps[0]
         sigmas = np.sort(np.exp(rng.uniform(-3, 2.6, count)))[::-1]
         schedule = Schedule((*sigmas, 0.0), tuple(steps), kind)
         scheduler = solver(schedules=[schedule.to_dict()])

@@ -71,6 +71,24 @@ def test_equals_diffusers(name, cls, options, same):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("dpm++2m", "midpoint"), ("dpm++2m-heun", "heun")])
+def test_equals_diffusers_with_noise(name, kind):
+    """The same noise in both: 2M of DPM-Solver++ for the reverse SDE."""
+    peer = DPM(**OWN, solver_order=2, solver_type=kind, algorithm_type="sde-dpmsolver++")
+    peer.set_timesteps(10)
+    ours = solver(solver=name, zeta=1.0)
+    ours.set_timesteps(sigmas=peer.sigmas.tolist())
+    found = []
+    for scheduler in (ours, peer):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.tensor(START * ours.levels[0].alpha)[:, None].float()
+        for level, timestep in zip(ours.levels, scheduler.timesteps, strict=False):
+            output = torch.tensor(output_of(x.double().numpy() / level.alpha, level)).float()
+            x = scheduler.step(output, timestep, x, generator=generator).prev_sample
+        found.append(x)
+    torch.testing.assert_close(*found, rtol=0, atol=2e-5)
+
+
 def test_equals_ddim():
     peer = diffusers.DDIMScheduler(**SD, clip_sample=False)
     peer.set_timesteps(10)
@@ -295,6 +313,8 @@ BAD = [
     ({"sigmas": ["a", 2, 1, 0]}, "numbers"),
     ({"sigmas": [8, 2, 0]}, "one node more"),
     ({"sigmas": [80, 2, 1, 0]}, "another family"),
+    ({"sigmas": [8, 2, 0.02, 0]}, "knows down to 0.02917"),
+    ({"steps": [{"corrector": True}, {}, {}], "analytic_first": "mean"}, "analytic first step"),
     ({"facts": {"family": {"path": "flow"}}}, "another family"),
     ({"version": 2}, "version 2"),
     ({"version": None}, "version None"),
@@ -345,6 +365,23 @@ def test_impossible_schedules_are_refused_at_load(change, message, tmp_path):
 def test_unknown_options(options, message):
     with pytest.raises(DiffaccelError, match=message):
         UnifiedSolverScheduler(**{**SD, **options})
+
+
+@pytest.mark.parametrize("options", [{"thresholding": True}, {"shift_terminal": 0.1}])
+def test_settings_that_would_be_ignored_are_refused(options):
+    cls = DPM if "thresholding" in options else diffusers.FlowMatchEulerDiscreteScheduler
+    with pytest.raises(UnsupportedScheduler, match=next(iter(options))):
+        solver_of(cls(**options))
+    with pytest.raises(UnsupportedScheduler, match=next(iter(options))):
+        UnifiedSolverScheduler.from_config(cls(**options).config)
+
+
+def test_one_schedule_for_each_number_of_evaluations():
+    with pytest.raises(ScheduleError, match="one for each number"):
+        solver(schedules=[GOOD, GOOD])
+    scheduler = solver("flow", "flow_prediction", schedules=[GOOD])
+    scheduler.set_timesteps(sigmas=[0.9, 0.5, 0.2, 0.0])
+    assert len(scheduler.timesteps) == 3, "a last 0 is no evaluation"
 
 
 def test_calls_in_the_wrong_order():

@@ -108,7 +108,7 @@ def combine(step: Step, nodes: Sequence[Level], target: Level, order: int, zeta:
     origin, end = position[step.start], _position(step.prediction, target, std)
     factor, weights = _taylor(step.prediction, start, target, end - origin, order, zeta, std)
     if scaled and order > 1:
-        weights[1] *= _scaling(step, end - origin)
+        weights[1] *= _scaling(step, end - origin, zeta)
     if order > 2:
         weights[2] *= step.damping
     shares = np.zeros(len(nodes))
@@ -179,9 +179,9 @@ def _stencil(distances: np.ndarray, k: int) -> np.ndarray:
     return np.linalg.solve(distances**powers / factorials, (powers[:, 0] == k).astype(float))
 
 
-def _scaling(step: Step, h: float) -> float:
-    """Returns the factor of the first derivative, 1 + O(h)."""
-    z = -h if step.prediction == "sample" else h
+def _scaling(step: Step, h: float, zeta: float) -> float:
+    """Returns the factor of the first derivative, 1 + O(h); with noise, too, bh2 is the midpoint rule."""
+    z = -(1 + zeta**2) * h if step.prediction == "sample" else h
     if step.scaling == "bh1":
         return 0.5 * z**2 / (math.expm1(z) - z)
     if step.scaling == "bh2":

@@ -1,5 +1,6 @@
 """What a schedule was searched for: the model's path, and the model itself."""
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from ..pipelines.accelerator import Accelerator
 from ..pipelines.identity import identity_of
 from .unified import UnifiedSolverScheduler
 
-__all__ = ["SolverAccelerator", "family_of", "solver_of"]
+__all__ = ["SolverAccelerator", "family_of", "scales_input", "solver_of"]
 
 
 class SolverAccelerator(Accelerator):
@@ -21,9 +22,11 @@ class SolverAccelerator(Accelerator):
     def check(self, pipe: Any) -> str | None:
         """Returns why there is no such scheduler for the pipeline."""
         try:
-            self.scheduler(pipe)
+            solver = self.scheduler(pipe)
         except DiffaccelError as error:
             return str(error)
+        if any(schedule.skipped for schedule in solver.known) and not scales_input(pipe):
+            return "it does not call scale_model_input, which an analytic first step needs"
         return None
 
 
@@ -52,6 +55,17 @@ def solver_of(
         if len(table) != len(ours) or not torch.allclose(table, ours, rtol=1e-3, atol=1e-5):
             raise UnsupportedScheduler(f"{type(scheduler).__name__} has alphas that its betas do not make")
     return solver
+
+
+def scales_input(pipe: Any) -> bool:
+    """Returns whether a pipeline calls scale_model_input, as far as its class' source can be read."""
+    for base in type(pipe).__mro__[:-1]:
+        try:
+            if "scale_model_input" in inspect.getsource(base):
+                return True
+        except (OSError, TypeError):  # made at run time: what it does is seen when it runs
+            return True
+    return False
 
 
 def family_of(pipe: Any) -> dict[str, str]:

@@ -50,11 +50,13 @@ RECIPES: Mapping[str, Recipe] = {
     "4": Recipe(4, 8, 5.0, 5, 1),
     "5": Recipe(5, 8, 5.0, 6, 1),
     "6": Recipe(6, 8, 5.0, 6, 1),
+    "7": Recipe(7, 12, 10.0, 7, 2),
     "8": Recipe(8, 12, 7.0, 9, 2),
     "8-plain": Recipe(8, 12, 7.0, 8, 2),
     "xl-4": Recipe(4, 8, 3.25, 6, 1),
     "xl-5": Recipe(5, 8, 5.0, 6, 1),
     "xl-6": Recipe(6, 8, 5.0, 6, 1),
+    "xl-7": Recipe(7, 12, 12.0, 7, 2),
     "xl-8": Recipe(8, 12, 12.0, 10, 2),
     "xl-8-plain": Recipe(8, 12, 12.0, 9, 2),
 }
@@ -97,8 +99,10 @@ class FewStep(SolverAccelerator):
     """Samples by a recipe of 4 to 8 evaluations: ``accel="few-step:8"``.
 
     The call's num_inference_steps must be the recipe's. The recipes were found for SD 1.5 and SDXL and are
-    computed for the model's own path; that the noise which is left does no harm is a property of the decoder,
-    so that models without one should use ``final_denoise``, which costs one evaluation more.
+    computed for the model's own path. The first x / alpha is the pipeline's, sqrt(1 + S^2) z, where the
+    published code has S z (1.0023 times less for SD). That the noise which is left does no harm is a
+    property of the decoder, so that models without one should use ``final_denoise``, which costs one
+    evaluation more.
 
     Left out: FreeU, which the published code switches on in some steps (in none by default, but for SDXL of 5
     and 6 steps), and the learned "golden noise".

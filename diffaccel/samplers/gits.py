@@ -7,6 +7,7 @@ much farther its end lies from the chord of the whole trajectory than the trajec
 .. math:: c_{ij} = E[ d(y_i + (S_j - S_i) \epsilon_i) - d(y_j) ]
 
 with d the distance to the chord, and the grid of K steps minimizes V_k(i) = min_j c_ij + a V_{k-1}(j).
+Of the fine solution only samples are kept: eps_i is the slope of its step from i to i + 1.
 
 References:
     | On the Trajectory Regularity of ODE-based Diffusion Sampling (2024), https://arxiv.org/abs/2405.11326

@@ -108,6 +108,11 @@ def flow_settings(config: Mapping[str, Any]) -> dict[str, str]:
             f"the settings of {maker or 'this scheduler'} are for another path (EDM, trigonometric, inverted "
             "sigmas); UnifiedSolverScheduler knows the variance-preserving and the straight one"
         )
+    for key in ("thresholding", "shift_terminal"):
+        if config.get(key):
+            raise UnsupportedScheduler(
+                f"{maker or 'this scheduler'} has {key}, which UnifiedSolverScheduler lacks"
+            )
     silent = "shift" in config and "beta_schedule" not in config and "prediction_type" not in config
     flow = silent or maker.startswith(("FlowMatch", "FlowMap", "LTXEuler"))
     return {"prediction_type": "flow_prediction"} if flow else {}

@@ -4,7 +4,9 @@ The first part of the budget goes to the published search over decisions. The se
 of the best schedules are moved by CMA-ES, and each candidate's steps are fitted to the model (`fitting`).
 
 Left out of the published method: the starting node and the stencil's points are not searched (they are data
-of a `Schedule` and can be given by hand); the network's skip connections are not scaled.
+of a `Schedule` and can be given by hand); the network's skip connections are not scaled; the scaling
+1 +- expm1(h) / 2 of the first derivative, whose place 1 + relaxation h takes; and an inner evolution by the
+predictor's scores, which here rank children of scored parents.
 
 References:
     | A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models (2024)
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 
 from ..cma_engine import cma_library, generations
 from ..errors import OptionError
-from .family import solver_of
+from .family import scales_input, solver_of
 from .gits import gits_grids
 from .objective import Objective
 from .presets import solver_schedule
@@ -64,7 +66,7 @@ class Search(PipelineSearch[Schedule, ScheduleSpace]):
         """Returns the schedules of this number of evaluations, grids of GITS among the seeds."""
         path = solver_of(self.pipe.scheduler).path
         grids = gits_grids(self._teacher.trajectory, path, self.evaluations)
-        return ScheduleSpace(path, self.evaluations, warm=grids)
+        return ScheduleSpace(path, self.evaluations, scales_input(self.pipe), warm=grids)
 
     @functools.cached_property
     def _teacher(self) -> Objective:

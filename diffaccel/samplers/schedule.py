@@ -198,6 +198,8 @@ class Schedule:
         last = number == len(self.steps) - 1
         if step.corrector and last:
             raise ScheduleError("the last step cannot have a corrector: no evaluation follows it")
+        if step.corrector and number < self.skipped:
+            raise ScheduleError("an analytic first step cannot have a corrector")
         if step.corrector and self.sigmas[number + 1] == 0:
             raise ScheduleError(f"step {number} ends at 0 and cannot have a corrector")
 

@@ -28,8 +28,8 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
 
     Arguments:
         pipe: The pipeline.
-        file: A file of schedules, which must be for the model's path; the shipped ones if it is empty, which
-            must be for the model.
+        file: A file of schedules, which must be for the model's path, and for the model where they have
+            corrections; the shipped ones if it is empty, which must be for the model.
 
     Raises:
         ScheduleError: If the file cannot be read, or none of its schedules is for the model's path.
@@ -43,11 +43,16 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
         )
     family = family_of(pipe)
     known = load_schedules(Path(file).expanduser()) if file else list(shipped())
-    keys = ("path",) if file else ("denoiser", "config", "path")
-    found = [schedule for schedule in known
-             if all(schedule.facts.get("family", {}).get(key) == family[key] for key in keys)]  # fmt: skip
+    families = [schedule.facts.get("family", {}) for schedule in known]
+    found = [schedule for schedule, made_for in zip(known, families, strict=True)
+             if all(made_for.get(key) == family[key] for key in _needed(schedule, file))]  # fmt: skip
+    if not found and file and family["path"] in [made_for.get("path") for made_for in families]:
+        raise ScheduleError(
+            f"{file!r} has steps with corrections, which were fitted to another model than this "
+            f"{type(pipe).__name__}'s"
+        )
     if not found and file:
-        paths = sorted({str(schedule.facts.get("family", {}).get("path")) for schedule in known})
+        paths = sorted({str(made_for.get("path")) for made_for in families})
         raise ScheduleError(
             f"{file!r} has schedules for the path {', '.join(paths)}; this model's is {family['path']}: "
             "it is one of another family"
@@ -60,6 +65,12 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
             "file: accel='s3:FILE'"
         )
     return found
+
+
+def _needed(schedule: Schedule, file: str) -> tuple[str, ...]:
+    """Returns what must be that of the model: for a file of plain decisions, the path alone."""
+    plain = file and not any(step.corrections for step in schedule.steps)
+    return ("path",) if plain else ("denoiser", "config", "path")
 
 
 @dataclass

@@ -34,10 +34,12 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 """What an engine that chooses decisions one by one can do to a step."""
 
-WARM = {  # training times of searched schedules of Stable Diffusion, in parts of the noisiest
+WARM = {
     5: (1.0, 0.735, 0.523, 0.316, 0.204),
     4: (1.0, 0.718, 0.5005, 0.2857),
 }
+"""Training times in parts of the noisiest, of S3's and AutoDiffusion's schedules for Stable Diffusion; known
+solvers stand on them. Those of other models (EDM, ScoreSDE) are for other paths or noise schedules."""
 
 
 class ScheduleSpace(Space[Schedule]):
@@ -129,6 +131,8 @@ class ScheduleSpace(Space[Schedule]):
                             for n, log in enumerate(logs[1:], 1))]  # fmt: skip
         steps = [replace(step, **CHANGES[choices.choice(f"change {n}", len(CHANGES))])
                  for n, step in enumerate(seed.steps)]  # fmt: skip
+        if moved == logs and steps == list(seed.steps):
+            return seed  # to the last digit, so that a report finds it
         return self._legal(moved, steps, seed.analytic_first, seed.std)
 
     def moved(self, schedule: Schedule, moves: Sequence[float]) -> Schedule:
@@ -173,7 +177,9 @@ class ScheduleSpace(Space[Schedule]):
             last = place == len(steps) - 1
             possible = step.at(place, to_zero=last, last=last)
             estimate = min(step.estimate, possible.order - 1)
-            repaired.append(replace(possible, estimate=estimate, points=None, start=0, corrections=()))
+            corrector = possible.corrector and (place > 0 or analytic == "none")
+            repaired.append(replace(possible, estimate=estimate, points=None, start=0, corrections=(),
+                                    corrector=corrector))  # fmt: skip
         sigmas = (*(math.exp(log) for log in ordered), 0.0)
         return Schedule(sigmas, tuple(repaired), analytic, std)
 

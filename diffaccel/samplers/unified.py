@@ -123,6 +123,9 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         self.known = [Schedule.from_dict(part) for part in schedules or ()]
         for schedule in self.known:
             self._check(schedule)
+        counts = [schedule.evaluations for schedule in self.known]
+        if len(set(counts)) < len(counts):
+            raise ScheduleError(f"schedules of {counts} evaluations; expected one for each number")
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
@@ -203,7 +206,10 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
     def _choose(self, count: int | None, timesteps: Any, sigmas: Any, mu: float | None) -> Schedule:
         solver, grid_name = self.config.solver, self.config.grid
         if self.known:  # Flux and others always bring levels of their own
-            return self._found(len(timesteps if sigmas is None else sigmas) if count is None else count)
+            given = (
+                timesteps if sigmas is None else [sigma for sigma in sigmas if sigma]
+            )  # a last 0 is no level
+            return self._found(len(given) if count is None else count)
         if timesteps is not None:
             return self._on([self.path.ratio(float(time)) for time in timesteps])
         if sigmas is not None:
@@ -250,6 +256,12 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
                 f"a schedule for the path {path}; this model's is {self.path.name}: "
                 "it is one of another family of models"
             )
+        evaluated = min(schedule.sigmas[schedule.skipped : -1])
+        if evaluated < self.path.smallest * 0.999:
+            raise ScheduleError(
+                f"a schedule with an evaluation at sigma / alpha = {evaluated:.4g}; this model knows down to "
+                f"{self.path.smallest:.4g}"
+            )
         if self.config.zeta and any(step.prediction != "sample" for step in schedule.steps):
             raise ScheduleError("noise (zeta above 0) needs the prediction 'sample' in all steps")
         if self.config.zeta and schedule.skipped:
@@ -262,7 +274,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._nodes: list[Node] = []
         self._pending: tuple[Step, list[Node], int, Tensor | None] | None = None
-        self._advanced = False
+        self._advanced = self._late = False
 
     def _index_of(self, timestep: Any) -> int:
         """Returns the place of a timestep, the first step where a pipeline has not said another."""
@@ -297,7 +309,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         level = self.levels[0]
         if self.schedule.analytic_first == "mean":
             return torch.zeros_like(sample), sample / level.sigma
-        return sample * ((1 - level.sigma) / level.alpha), sample
+        eps = sample / math.hypot(level.alpha, level.sigma)
+        return (sample - level.sigma * eps) / level.alpha, eps
 
     def _advance(self) -> float:
         """Returns the factor by which the analytic first step multiplies the sample."""
@@ -354,6 +367,7 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         """Finds the first step, and makes the analytic one before it."""
         pending = self._analytic_pending(timestep)
         self._step_index = self._index_of(timestep)
+        self._late = self._step_index > 0
         if not pending:
             return x
         if not self._advanced:
@@ -395,6 +409,8 @@ class UnifiedSolverScheduler(SchedulerMixin, ConfigMixin):
         step, nodes = self.schedule.steps[place], self._nodes
         order = min(step.order, len(nodes))
         step = replace(step, start=min(step.start, len(nodes) - 1))
+        if self._late:
+            step = replace(step, corrections=())  # they were fitted to a whole run
         rule = combine(step, [node.level for node in nodes], self.levels[place + 1], order, self.config.zeta,
                        self._std)  # fmt: skip
         noise = None
