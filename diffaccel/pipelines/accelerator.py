@@ -43,7 +43,10 @@ class Accelerator:
     """The option that ``"name:value"`` sets, in the place of a preset."""
 
     trials: ClassVar[Mapping[str, Sequence[Any]]] = {}
-    """The options that ``diffaccel tune`` varies, with their values from careful to fast; none: not tried."""
+    """The options that ``diffaccel tune`` varies, with their values from careful to fast; none: not tried.
+
+    Only accelerators of the kinds "skip" and "solver" are.
+    """
 
     @property
     def kinds(self) -> tuple[str, ...]:
