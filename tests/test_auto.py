@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from commands import call
 from diffusers import DPMSolverMultistepScheduler
 from tiny_pipelines import TINY, fresh, load, run
 
-from diffaccel import Auto, Plan, UnsupportedPipeline, accelerate
-from diffaccel.errors import OptionError
+from diffaccel import Auto, DiffuseHighPipeline, Plan, UnsupportedPipeline, accelerate
+from diffaccel.errors import AcceleratorConflict, OptionError
 from diffaccel.eval.budget import Judge
 from diffaccel.eval.sampler import Sampler
 from diffaccel.tuning.candidate import Candidate, Gene
@@ -140,11 +141,27 @@ def test_other_calls_are_refused(file):
 
 
 def test_a_plan_stands_alone(file):
-    case, pipe = TINY["dit"], fresh("dit")
+    pipe = fresh("dit")
     plan_for("dit", pipe).save(file)
-    pipe.to(accel=[str(file), "apg"])
-    with pytest.raises(UnsupportedPipeline, match="auto alone"):
-        run(case, pipe, STEPS)
+    for more in ("apg", "reuse", str(file)):
+        with pytest.raises(AcceleratorConflict, match="'auto' stands alone"):
+            pipe.to(torch.bfloat16, accel=[more, str(file)])
+    assert pipe.dtype == torch.float32 and not hasattr(pipe, "accel"), "left as it was"
+    pipe.to(accel=str(file))
+    with pytest.raises(AcceleratorConflict, match="'auto' stands alone"):
+        accelerate(pipe, pipe.accel.stack)
+
+
+@pytest.mark.parametrize("name", ["dit", "ddim"])
+def test_diffusehigh_refuses_plans(name, file):
+    """A stack that is empty is refused, too."""
+    pipe = fresh("dit")
+    replace(plan_for("dit", pipe), stack=tuple(STACKS[name])).save(file)
+    high = DiffuseHighPipeline(pipe)
+    with pytest.raises(UnsupportedPipeline, match="one size and one number of steps"):
+        DiffuseHighPipeline(pipe.to(accel=str(file)))
+    with pytest.raises(UnsupportedPipeline, match="one size and one number of steps"):
+        high(class_labels=[1, 3], target_sizes=64)
 
 
 @pytest.mark.parametrize(

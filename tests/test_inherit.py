@@ -298,6 +298,37 @@ def test_a_controlnet_of_no_weight_is_none():
     torch.testing.assert_close(with_it, without, atol=1e-5, rtol=1e-4)
 
 
+OMITTED = [("dit", {}, 3), ("dit", {"level": "unit", "outer": 0, "modules": "*.attn1"}, 6), ("sd3", {}, 3),
+           ("flux_true_cfg", {}, 18)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), OMITTED, ids=str)
+def test_calls_that_are_omitted_are_counted(name, options, expected):
+    """Three of six steps: a block of two, two units, a block of two, three of four in two evaluations."""
+    pipe, ran = fresh(name).to(accel=inherit(every=2, **options)), []
+    kinds = ("attn1",) if name == "dit" else ("attn",)
+    for part, module in pipe.transformer.named_modules():
+        if part.endswith(kinds):
+            module.register_forward_hook(lambda module, args, output, part=part: ran.append(part))
+    run(TINY[name], pipe, 6)
+    report = pipe.accel.report
+    assert report.omitted == report.to_dict()["omitted"] == expected
+    assert f", {expected} calls of modules omitted" in str(report)
+    if not options:  # a hook sees what inherits by itself as called
+        assert len(ran) == len(set(ran)) * 6 * TINY[name].calls_per_step - expected
+    run(TINY[name], pipe.to(accel=inherit(every=1)), 6)
+    assert pipe.accel.report.omitted == 0 and "omitted" not in str(pipe.accel.report)
+
+
+def test_calls_that_are_omitted_in_a_controlnet():
+    """They are those of its network, and none of the denoiser's."""
+    pipe = fresh("sd_controlnet").to(accel=inherit(every=2))
+    run(TINY["sd_controlnet"], pipe, 6)
+    counts, report = pipe.accel.report.counts, pipe.accel.report.to_dict()
+    assert counts["controlnet"].omitted > 0 and report["omitted"] == counts["unet"].omitted > 0
+    assert report["networks"]["controlnet"]["omitted"] == counts["controlnet"].omitted
+
+
 def test_features_are_not_written_to():
     """Check 11: FreeU writes into what up-blocks get."""
     case, pipe, still = TINY["sd"], fresh("sd"), Still()

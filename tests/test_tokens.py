@@ -267,6 +267,17 @@ def test_networks_that_are_not_known_are_refused(name):
     fresh(name).to(accel="sada")
 
 
+def test_tokens_beside_those_of_the_latents_are_refused():
+    """Flux Kontext appends those of its input image; the step-wise part serves it."""
+    pipe = diffusers.FluxKontextPipeline(**fresh("flux").components)
+    with pytest.raises(UnsupportedPipeline, match="tokens of its input image"):
+        pipe.to(accel={"sada": {"tokens": 0.5}})
+    assert not hasattr(pipe, "accel")
+    pipe.to(accel="sada")
+    with pytest.raises(UnsupportedPipeline, match="use tokens=0"):
+        pipe.to(accel={"sada": {"tokens": 0.5}})
+
+
 def test_what_a_block_cannot_do_is_refused():
     tokens = {"sada": {"tokens": 1.0}}
     pipe = fresh("sd")

@@ -41,6 +41,7 @@ def test_space_knows_what_serves_the_pipeline(space):
     names = {gene.name for genes in space.genes.values() for gene in genes}
     assert {"sada", "reuse", "solver", "few-step"} <= names
     assert not names & {"apg", "disa", "autodiffusion", "auto", "s3"}, "no guidance, no file, no schedule"
+    assert set(space.genes) == {"solver", "skip"}, "inherit has a search of its own"
     stochastic = fresh("sd")
     stochastic.scheduler = DDPMScheduler.from_config(stochastic.scheduler.config)
     assert "sada" not in {gene.name for gene in CandidateSpace(stochastic, STEPS).genes["skip"]}

@@ -13,7 +13,7 @@ from ..options import check_names, check_options, option
 if TYPE_CHECKING:
     from .run import BlockCall, Evaluation, Run, Update
 
-__all__ = ["Accelerator", "Proceed", "option", "registry", "resolve", "tag"]
+__all__ = ["Accelerator", "Proceed", "option", "ordered", "registry", "resolve", "tag"]
 
 Proceed = Callable[[Any], Any]
 
@@ -36,11 +36,17 @@ class Accelerator:
     exclusive: ClassVar[str] = ""
     """The kind: "guidance", "skip", "solver", "blocks" or ""; one of a kind in a stack, ordered by kinds."""
 
+    alone: ClassVar[bool] = False
+    """Whether a stack that a user writes has no other beside it, since it stands for a whole one."""
+
     shorthand: ClassVar[str] = ""
     """The option that ``"name:value"`` sets, in the place of a preset."""
 
     trials: ClassVar[Mapping[str, Sequence[Any]]] = {}
-    """The options that ``diffaccel tune`` varies, with their values from careful to fast; none: not tried."""
+    """The options that ``diffaccel tune`` varies, with their values from careful to fast; none: not tried.
+
+    Only accelerators of the kinds "skip" and "solver" are.
+    """
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -143,9 +149,20 @@ def resolve(spec: Any) -> list[Accelerator]:
     Raises:
         UnknownAccelerator: If a name or preset is unknown.
         OptionError: If an option, or the specification itself, is of no use.
+        AcceleratorConflict: If two accelerators are of one exclusive kind, or one that stands alone is not.
+    """
+    stack = ordered(_expand(spec))
+    if len(stack) > 1 and (alone := [accelerator.name for accelerator in stack if accelerator.alone]):
+        raise AcceleratorConflict(f"{alone[0]!r} stands alone: it is a whole stack; use no other beside it")
+    return stack
+
+
+def ordered(stack: Sequence[Accelerator]) -> list[Accelerator]:
+    """Returns a stack with the outermost accelerator first.
+
+    Raises:
         AcceleratorConflict: If two accelerators are of one exclusive kind.
     """
-    stack = _expand(spec)
     for kind in _ORDER:
         same = [accelerator.name for accelerator in stack if kind and kind in accelerator.kinds]
         if len(same) > 1:

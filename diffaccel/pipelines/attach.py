@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from .accelerator import Accelerator, resolve, tag
+from .accelerator import Accelerator, ordered, resolve, tag
 from .gates import outside
 from .report import Report
 from .run import Run, check_stack
@@ -53,7 +53,8 @@ def accelerate(pipe: P, accel: Any) -> P:
     Raises:
         UnknownAccelerator: If a name or preset is unknown.
         OptionError: If an option is unknown or out of range.
-        AcceleratorConflict: If two accelerators of the stack are of one exclusive kind.
+        AcceleratorConflict: If two accelerators of the stack are of one exclusive kind, or one that stands
+            alone is not.
         UnsupportedPipeline: If an accelerator cannot serve this pipeline, with the reason.
 
     On an error the pipeline is left as it was.
@@ -117,7 +118,7 @@ def install(cls: type) -> None:
 
 
 def _checked(pipe: Any, accel: Any) -> list[Accelerator]:
-    stack = resolve([part for accelerator in resolve(accel) for part in accelerator.expand(pipe)])
+    stack = ordered([part for accelerator in resolve(accel) for part in accelerator.expand(pipe)])
     check_stack(pipe, stack)
     return stack
 

@@ -96,7 +96,7 @@ class DiffuseHighPipeline:
 
     Any pipeline will do that makes images from prompts (or class labels) through a VAE, with any scheduler
     whose noise levels are known, and a network that takes other sizes.  Accelerators of the pipeline serve
-    all stages: ``high.to(accel="sada")``, but for those that bring a schedule of their own.
+    all stages: ``high.to(accel="sada")``, but for those that bring a schedule of their own, and plans.
 
     Where this differs from the published code: any solver gets the prediction with the guide's band, not
     Euler's only; every image has a blur of its own, drawn from the generator; tiles of the VAE are left to

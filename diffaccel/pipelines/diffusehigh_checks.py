@@ -48,6 +48,11 @@ def check_pipeline(pipe: Any) -> None:
     LatentImages(pipe)
     if hasattr(type(pipe), "_diffaccel_base"):
         for accelerator in pipe.accel.stack:
+            if accelerator.alone:
+                raise UnsupportedPipeline(
+                    f"{accelerator.name} is for one size and one number of steps, and each size here has its "
+                    "own; use accelerators without a plan"
+                )
             if accelerator.exclusive == "solver":
                 raise UnsupportedPipeline(
                     f"{accelerator.name} brings a schedule of its own, which cannot begin late; use others"

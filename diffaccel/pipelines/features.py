@@ -12,6 +12,7 @@ from ..errors import UnsupportedPipeline
 from .accelerator import Proceed
 from .dataflow import Flow, Trace, blank_of
 from .layers import skip_path
+from .report import Count
 from .run import BlockCall
 
 __all__ = ["Features", "signature_of"]
@@ -91,11 +92,12 @@ class Features:
         self.wanted = kept
         self._values = {name: values for name, values in self._values.items() if name in kept}
 
-    def block(self, names: frozenset[str], name: str, call: BlockCall, proceed: Proceed) -> Any:
+    def block(self, names: frozenset[str], count: Count, name: str, call: BlockCall, proceed: Proceed) -> Any:
         """Lets a module inherit, leaves it out, or runs it and keeps its features.
 
         Arguments:
             names: The modules that inherit.
+            count: The count of the network, in which what does not run is entered.
             name: The module's name.
             call: The call.
             proceed: What runs it.
@@ -103,8 +105,10 @@ class Features:
         if names:
             assert self.flow is not None
             if name in self._absent[names]:
+                count.omitted += 1
                 return blank_of(self.flow.shapes[name])
             if name in names:
+                count.omitted += 1
                 return self._inherited(name, call)
         return self._kept(name, call, proceed) if name in self.wanted else proceed(call)
 

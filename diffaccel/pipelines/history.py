@@ -25,11 +25,12 @@ def lagrange_weights(nodes: Sequence[Shared], at: float) -> list[Shared]:
     """Returns the weights w_j = prod_{k != j} (u - u_k) / (u_j - u_k) of the polynomial through some nodes.
 
     Arguments:
-        nodes: The coordinates u_j, distinct.
+        nodes: The coordinates u_j; numbers for all samples are distinct and finite.
         at: The coordinate u.
 
     Returns:
-        One weight a node; they sum to 1. They are 0 for samples with repeated or infinite nodes.
+        One weight a node; they sum to 1. In arrays those that would not be finite are 0: all of a sample
+        with an infinite node, and those of its repeated nodes.
     """
     weights: list[Shared] = []
     arrays = any(isinstance(node, np.ndarray) for node in nodes)

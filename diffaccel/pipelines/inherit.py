@@ -229,7 +229,8 @@ class Inherit(Accelerator):
         if names:
             call.log(self, "inherit", range(call.run.batch))
             features.thinned = call.step
-        return self._with(partial(features.block, names), call, proceed)
+        count = call.run.report.counts[call.network]
+        return self._with(partial(features.block, names, count), call, proceed)
 
     def _with(self, now: Callable[[str, BlockCall, Proceed], Any], call: Evaluation, proceed: Proceed) -> Any:
         self._now = now

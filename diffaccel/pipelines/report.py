@@ -39,12 +39,15 @@ class Count:
         evaluated: Those that were run, per image.
         rows: Their rows.
         saved: Of those that were run the part, in evaluations, whose tokens were left out in blocks.
+        omitted: Calls of the network's modules that were not made, but inherited or left out, for the whole
+            batch. What is inside of such a module does not count by itself.
     """
 
     requested: int = 0
     evaluated: float = 0.0
     rows: int = 0
     saved: float = 0.0
+    omitted: int = 0
 
 
 class Stopwatch:
@@ -120,6 +123,11 @@ class Report:
         saved = sum(count.saved for name, count in self.counts.items() if name not in self.auxiliary)
         return 1 - saved / self.evaluated if saved else 1.0
 
+    @property
+    def omitted(self) -> int:
+        """Calls of the denoisers' modules that were not made in the evaluations that were run."""
+        return sum(count.omitted for name, count in self.counts.items() if name not in self.auxiliary)
+
     def skipped_steps(self, sample: int = 0) -> list[int]:
         """Returns the steps whose denoiser was skipped for one sample of the batch."""
         steps = {
@@ -137,6 +145,7 @@ class Report:
             "evaluated": self.evaluated,
             "skipped": self.skipped,
             "tokens": self.tokens,
+            "omitted": self.omitted,
             "updates": self.updates,
             "batch": self.batch,
             "seconds": self.seconds,
@@ -148,6 +157,8 @@ class Report:
         what = f"{self.evaluated:.4g} of {self.requested} evaluations per image, {self.updates} updates"
         if self.tokens < 1:
             what += f", {100 * self.tokens:.3g} % of the tokens"
+        if self.omitted:
+            what += f", {self.omitted} calls of modules omitted"
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in self.seconds.items())
         skippers: dict[str, set[int]] = {}
         for action in self.actions:

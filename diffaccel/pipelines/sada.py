@@ -110,7 +110,7 @@ class Sada(Accelerator):
         if self.criterion == "stability" and any(path[index].sigma == 0 for index in range(len(path))):
             return f"{type(pipe.scheduler).__name__} starts without noise, where the criterion is undefined"
         if self.tokens:
-            return next(filter(None, map(why_no_tokens, denoisers_of(pipe).values())), None)
+            return why_no_tokens(pipe)
         return None
 
     @property

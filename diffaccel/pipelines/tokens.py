@@ -32,7 +32,7 @@ from .cells import Cells
 from .gates import is_compiled
 from .layers import image_tokens, with_image_tokens
 from .rows import take_rows
-from .run import BlockCall
+from .run import BlockCall, denoisers_of
 from .token_memory import TokenMemory
 
 __all__ = ["Tokens", "why_no_tokens"]
@@ -69,8 +69,15 @@ _PROCESSORS = (processors.AttnProcessor2_0, processors.FusedAttnProcessor2_0,
 """Those that compute attention by ``torch.nn.functional.scaled_dot_product_attention``."""
 
 
-def why_no_tokens(network: nn.Module) -> str | None:
-    """Returns why a denoiser cannot be evaluated on some of its tokens, or None if it can."""
+def why_no_tokens(pipe: Any) -> str | None:
+    """Returns why a pipeline's denoisers cannot be evaluated on some of their tokens, or None if they can."""
+    # of diffusers' pipelines with these networks no other one appends tokens
+    if any("Kontext" in cls.__name__ for cls in type(pipe).__mro__):
+        return "the tokens of its input image follow those of the latents; use tokens=0"
+    return next(filter(None, map(_why_no_tokens, denoisers_of(pipe).values())), None)
+
+
+def _why_no_tokens(network: nn.Module) -> str | None:
     inner: Any = getattr(network, "_orig_mod", network)
     name = type(inner).__name__
     if name not in _NETWORKS:

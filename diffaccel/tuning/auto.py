@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedPipeline
 from ..pipelines.accelerator import Accelerator, Proceed, option, resolve
-from ..pipelines.run import Evaluation, Run
+from ..pipelines.run import Evaluation
 from .plan import Plan, PlanError, stored_file
 
 __all__ = ["Auto", "shape_of"]
@@ -37,6 +37,7 @@ class Auto(Accelerator):
 
     name: ClassVar[str] = "auto"
     shorthand: ClassVar[str] = "file"
+    alone: ClassVar[bool] = True  # a plan was measured without others
 
     file: str = option("")
 
@@ -95,15 +96,6 @@ class Auto(Accelerator):
         if own := [name for name in ("timesteps", "sigmas") if given.get(name) is not None]:
             raise UnsupportedPipeline(f"a plan has its own steps; call without {own[0]}")
         return {"num_inference_steps": self._plan.steps}
-
-    def start(self, run: Run) -> None:
-        """Begins a loop.
-
-        Raises:
-            UnsupportedPipeline: If the stack has other accelerators than the plan's.
-        """
-        if len(run.stack) != 1 + len(self._plan.stack):
-            raise UnsupportedPipeline("a plan was measured without further accelerators; use auto alone")
 
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
         """Evaluates a network.

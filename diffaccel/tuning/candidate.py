@@ -8,8 +8,9 @@ from ..pipelines.accelerator import registry, resolve, tag
 
 __all__ = ["KINDS", "Candidate", "Gene", "label_of"]
 
-KINDS = ("solver", "skip", "blocks")
-"""The kinds of accelerators that are tried; those of guidance change what is sampled."""
+KINDS = ("solver", "skip")
+"""The kinds of accelerators that are tried; guidance changes what is sampled, and what blocks do has no few
+values that suit all models."""
 
 
 def label_of(stack: Sequence[Mapping[str, Any]], steps: int) -> str:

@@ -57,7 +57,7 @@ class CandidateSpace(Space[Candidate]):
 
     def seeds(self) -> list[Candidate]:
         """Returns what is known to be good: each accelerator by itself, plain fewer steps, and some pairs."""
-        found = [Candidate(self.steps, (gene,)) for kind in ("skip", "blocks") for gene in self._some(kind)]
+        found = [Candidate(self.steps, (gene,)) for gene in self._some("skip")]
         many, *fewer = _spread(self.ladder[1:], SPREAD)
         found += [Candidate(count) for count in (many, *fewer)]
         for gene in self.genes["solver"]:
