@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from diffaccel.pipelines.layers import residual_layers, skip_path
 from diffaccel.pipelines.loops import _REFUSED
+from diffaccel.pipelines.run import denoisers_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -62,6 +63,22 @@ def test_blocks_that_diffusers_describes_wrongly(name):
         block.register_forward_hook(compare, with_kwargs=True)
     pipe(num_inference_steps=1, generator=torch.Generator().manual_seed(0), **arguments(CLASSES[name]))
     assert seen
+
+
+UNUSUAL = [
+    ("StableCascadeDecoderPipeline", "decoder"),
+    ("VersatileDiffusionImageVariationPipeline", "image_unet"),
+]
+
+
+@pytest.mark.parametrize(("name", "network"), UNUSUAL)
+def test_denoisers_of_unusual_names(name, network):
+    pipe = build(CLASSES[name])
+    assert list(denoisers_of(pipe)) == [network]
+    with torch.no_grad(), torch.random.fork_rng():
+        pipe.to(accel="reuse")(num_inference_steps=4, **arguments(CLASSES[name]))
+    report = pipe.accel.report
+    assert report.counts[network].requested == report.updates == 4 and report.evaluated < 4
 
 
 def test_refused_classes_exist():

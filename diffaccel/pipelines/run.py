@@ -35,6 +35,9 @@ __all__ = [
 DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 """The components that predict, by name."""
 
+UNUSUAL_DENOISERS = ("decoder", "image_unet")
+"""Those that predict where there is none of the others: Stable Cascade, Wuerstchen, Versatile Diffusion."""
+
 AUXILIARY = ("controlnet",)
 """The components that feed a denoiser at every step."""
 
@@ -156,8 +159,11 @@ def own_index(scheduler: Any) -> int | None:
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     """Returns the denoisers of a pipeline by name."""
-    found = {name: getattr(pipe, name, None) for name in DENOISERS}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    for names in (DENOISERS, UNUSUAL_DENOISERS):
+        found = {name: getattr(pipe, name, None) for name in names}
+        if networks := {name: module for name, module in found.items() if isinstance(module, nn.Module)}:
+            return networks
+    return {}
 
 
 class Run:
@@ -403,7 +409,8 @@ def check_stack(pipe: Any, stack: Sequence[Accelerator]) -> None:
     if not {"timestep", "sample"} <= inspect.signature(step).parameters.keys():
         raise UnsupportedPipeline(f"the step() of {name}'s scheduler takes no timestep and sample")
     if not denoisers_of(pipe):
-        raise UnsupportedPipeline(f"{name} has no denoiser; looked for {', '.join(DENOISERS)}")
+        names = ", ".join([*DENOISERS, *UNUSUAL_DENOISERS])
+        raise UnsupportedPipeline(f"{name} has no denoiser; looked for {names}")
     for accelerator in stack:
         if reason := why_unusual(pipe, accelerator.exclusive) or accelerator.check(pipe):
             raise UnsupportedPipeline(f"{accelerator.name} cannot accelerate this {name}: {reason}")
