@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--bound", type=float, default=1.15)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--budget", type=int, default=240)
+    parser.add_argument("--part", type=float, default=1.0, help="how much of the change is made")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
     found = []
     for count in arguments.nfe:
         polish = Polish(pipe, known[count], conditions, objective, arguments.guidance, arguments.images,
-                        arguments.bound, arguments.depth, arguments.budget,
+                        arguments.bound, arguments.depth, arguments.budget, part=arguments.part,
                         file=arguments.out / f"search-{count}.json")  # fmt: skip
         with counting(f"{count} evaluations", arguments.budget) as advance:
             schedule = polish.run(advance)

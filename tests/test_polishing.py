@@ -44,6 +44,22 @@ def test_the_score_falls_and_the_distance_stays_within_its_bound(fitted):
     assert falls[0] < falls[1], "a wider bound allows more"
 
 
+def test_a_part_of_the_change_keeps_most_of_the_fall(fitted, tmp_path):
+    """The search is the same one, which goes on from its file; the numbers lie on the way."""
+    settings = {"score": contrast, "bound": 3.0, "file": tmp_path / "a.json", **SETTINGS}
+    whole = Polish(toy_pipe(), fitted, **settings).run()
+    told = []
+    half = Polish(toy_pipe(), fitted, part=0.5, **settings).run(told.append)
+    assert told[0] == 40 and half.facts["polished"]["part"] == 0.5
+    for old, new, middle in zip(fitted.steps, whole.steps, half.steps, strict=True):
+        mean = (np.array(old.corrections) + np.array(new.corrections)) / 2
+        np.testing.assert_allclose(middle.corrections, mean, atol=1e-15)
+    start, end = (whole.facts["polished"][name] for name in ("held_out_start", "held_out"))
+    between = half.facts["polished"]["held_out"]
+    assert start["score"] - between["score"] > 0.4 * (start["score"] - end["score"])
+    assert between["distance"] - start["distance"] < 0.5 * (end["distance"] - start["distance"])
+
+
 def test_by_the_distance_it_comes_nearer_than_the_fit():
     """On noise that it has not seen; the fit is greedy, step by step."""
     plain = ScheduleSpace(solver().path, 5).known("dpm++2m")[0]
@@ -97,7 +113,8 @@ def test_it_goes_on_to_the_same_result(fitted, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({"bound": 0.9}, "bound"), ({"images": 0}, "1 image"), ({"depth": 5}, "1 to 4"),
+    [({"bound": 0.9}, "bound"), ({"part": 0.0}, "part"), ({"part": 1.5}, "part"),
+      ({"images": 0}, "1 image"), ({"depth": 5}, "1 to 4"),
      ({"depth": 0}, "1 to 4"), ({"budget": 9}, "no generation"), ({"batch": 1}, "2 candidates")],
 )  # fmt: skip
 def test_bad_settings(fitted, changed, words):

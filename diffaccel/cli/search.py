@@ -84,7 +84,9 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
     return _search(settings, out, _kind(Search, settings), {}, _write_schedules)
 
 
-def polish_schedules(settings: Settings, out: Path, file: str, bound: float, depth: int) -> list[Schedule]:
+def polish_schedules(
+    settings: Settings, out: Path, file: str, bound: float, depth: int, part: float
+) -> list[Schedule]:
     """Moves the last steps of searched schedules for an objective; writes what `search_s3` does.
 
     Arguments:
@@ -93,6 +95,7 @@ def polish_schedules(settings: Settings, out: Path, file: str, bound: float, dep
         file: The schedules; those that ship with the package if it is empty.
         bound: By what factor the distance to the fine solution may grow.
         depth: The most steps that are changed.
+        part: How much of the change that is found is made.
 
     Raises:
         DiffaccelError: For any mistake in the settings.
@@ -102,9 +105,9 @@ def polish_schedules(settings: Settings, out: Path, file: str, bound: float, dep
         known = {schedule.evaluations: schedule for schedule in fitting(pipe, file)}
         if evaluations not in known:
             raise OptionError(f"no schedule of {evaluations} evaluations; there are {sorted(known)}")
-        return Polish(pipe, known[evaluations], bound=bound, depth=depth, **common)
+        return Polish(pipe, known[evaluations], bound=bound, depth=depth, part=part, **common)
 
-    options = {"file": file, "bound": bound, "depth": depth}
+    options = {"file": file, "bound": bound, "depth": depth, "part": part}
     return _search(settings, out, make, options, _write_schedules)
 
 

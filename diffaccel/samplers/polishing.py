@@ -83,6 +83,8 @@ class Polish:
         budget: Candidates to score, an equal part for each depth.
         seed: Decides everything.
         batch: Candidates of a generation.
+        part: How much of the change that was found is made, above 0 and at most 1: near the best the score
+            grows with the square of what is left out, and the distance falls with that of what is made.
         file: Where the state is kept; None keeps none.
         writes: Whether this process keeps it.
     """
@@ -102,6 +104,7 @@ class Polish:
     budget: int = 240
     seed: int = 0
     batch: int = 10
+    part: float = 1.0
     file: Path | None = None
     writes: bool = True
     scored: list[tuple[float, list[float]]] = field(default_factory=list, init=False)
@@ -116,6 +119,8 @@ class Polish:
         schedule = self.schedule
         if not self.bound >= 1 or self.images < 1 or self.batch < 2:
             raise OptionError("polishing needs a bound of at least 1, 1 image, and 2 candidates at once")
+        if not 0 < self.part <= 1:
+            raise OptionError(f"part is {self.part}; expected a number above 0, at most 1")
         if not 1 <= self.depth < schedule.evaluations:
             raise OptionError(f"depth is {self.depth}; expected 1 to {schedule.evaluations - 1}")
         if self.budget < self.depth * self.batch:
@@ -144,6 +149,7 @@ class Polish:
         for depth in range(1, self.depth + 1):
             best = self._deepen(best, depth, done, share, advance)
             done += self.budget // self.depth // self.batch * self.batch
+        best = self._shortened(best)
         return replace(best, facts={**self.schedule.facts, "polished": self._report(best)})
 
     def _begin(self, part: int) -> None:
@@ -200,6 +206,16 @@ class Polish:
         value, values = min(tried, key=lambda result: result[0])
         return moved(values) if value < start else best
 
+    def _shortened(self, best: Schedule) -> Schedule:
+        """Returns the schedule at a part of the way from the start to the best one."""
+        if self.part == 1:
+            return best
+        steps = []
+        for old, new in zip(self.schedule.steps, best.steps, strict=True):
+            pairs = zip(old.corrections, new.corrections, strict=True)
+            steps.append(replace(new, corrections=tuple(a + self.part * (b - a) for a, b in pairs)))
+        return replace(best, steps=tuple(steps))
+
     def _value(self, schedule: Schedule) -> float:
         """Returns the score, and more where the distance is beyond the bound."""
         (score, far), (unit, near) = self._measured(schedule), self.at_start
@@ -212,7 +228,7 @@ class Polish:
         names = ("score", "distance")
         return {
             "score": name_of(self.score), "images": self.images, "bound": self.bound,
-            "depth": self.depth, "candidates": len(self.scored), "seed": self.seed,
+            "depth": self.depth, "candidates": len(self.scored), "seed": self.seed, "part": self.part,
             "start": dict(zip(names, at_start, strict=True)),
             "held_out_start": dict(zip(names, self.at_start, strict=True)),
             "held_out": dict(zip(names, self._measured(best), strict=True)),
