@@ -61,6 +61,8 @@ Written by `make tables` from `benchmarks/peers-*.json`, which `python benchmark
   LPIPS, whose weights are not on this machine, and is none.
 - **FD.** The Fréchet distance to real images by the protocol `fashion`, and its paired difference to the
   plain run, ± standard error.
+- **`auto`.** A plan that `diffaccel tune` has found is one of these methods again, on one of these numbers of
+  steps. It is among the rows where one was given for the scheduler and the steps of the run (`--plan`).
 - **Help.** Peers are given what they need to run: a cache context, the timestep, patterns that match, ratios
   calibrated on the model, and for FasterCache the halves of the batch in its order
   (`benchmarks/peer_methods.py`). What each does as shipped is at the end. DBCache has F1B0, as the model has
