@@ -189,8 +189,9 @@ def compile_frozen(networks: Iterable[torch.nn.Module]) -> None:
 
 def compare(runs: Runs, steps: int, files: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows of one number of evaluations, those of S3 first."""
-    ours = [runs.s3(steps, file) for file in files
-            if steps in {schedule.evaluations for schedule in fitting(runs.pipe, file)}]  # fmt: skip
+    known = [schedule for file in files for schedule in fitting(runs.pipe, file)
+             if schedule.evaluations == steps]  # fmt: skip
+    ours = [runs.s3(steps, file) for file, _ in zip(files, dict.fromkeys(known), strict=False)]
     rows = [row_of(label, steps, own, ours) for label, own in zip(OURS, ours, strict=False)]
     rows += [row_of(f"{solver} on GITS' grid", steps, runs.gits(steps, solver), ours)
              for solver in ("dpm++2m", "unipc2") if steps <= GITS]  # fmt: skip
