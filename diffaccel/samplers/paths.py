@@ -108,11 +108,10 @@ def flow_settings(config: Mapping[str, Any]) -> dict[str, str]:
             f"the settings of {maker or 'this scheduler'} are for another path (EDM, trigonometric, inverted "
             "sigmas); UnifiedSolverScheduler knows the variance-preserving and the straight one"
         )
-    for key in ("thresholding", "shift_terminal"):
-        if config.get(key):
-            raise UnsupportedScheduler(
-                f"{maker or 'this scheduler'} has {key}, which UnifiedSolverScheduler lacks"
-            )
+    if config.get("thresholding"):
+        raise UnsupportedScheduler(
+            f"{maker or 'this scheduler'} has dynamic thresholding, which is not known here"
+        )
     silent = "shift" in config and "beta_schedule" not in config and "prediction_type" not in config
     flow = silent or maker.startswith(("FlowMatch", "FlowMap", "LTXEuler"))
     return {"prediction_type": "flow_prediction"} if flow else {}
