@@ -196,9 +196,12 @@ def compile_frozen(networks: Iterable[torch.nn.Module]) -> None:
 
 def compare(runs: Runs, steps: int, files: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows of one number of evaluations, those of S3 first."""
-    known = [schedule for file in files for schedule in fitting(runs.pipe, file)
-             if schedule.evaluations == steps]  # fmt: skip
-    ours = [runs.s3(steps, file) for file, _ in zip(files, dict.fromkeys(known), strict=False)]
+    chosen: dict[Schedule, str] = {}
+    for file in files:
+        for schedule in fitting(runs.pipe, file):
+            if schedule.evaluations == steps:
+                chosen.setdefault(schedule, file)  # one row where nothing was polished
+    ours = [runs.s3(steps, file) for file in chosen.values()]
     rows = [row_of(label, steps, own, ours) for label, own in zip(OURS, ours, strict=False)]
     rows += [row_of(f"{solver} on GITS' grid", steps, runs.gits(steps, solver), ours)
              for solver in ("dpm++2m", "unipc2") if steps <= GITS]  # fmt: skip

@@ -131,8 +131,7 @@ class ErrorRule:
         """
         known = self._cellwise(self.history.count() >= self.order)
         errors = self._errors(call, call.index + 1) * math.sqrt(self.cells.count)
-        allowed = known & (self.age < 2 * self.max_skips) & (errors < tokens * self.tolerance)
-        return np.broadcast_to(allowed, self.shape)
+        return known & (self.age < 2 * self.max_skips) & (errors < tokens * self.tolerance)
 
     def _compare(self, x0: Tensor, here: float) -> list[float]:
         """Returns the norms |x0 - e| of all cells, and then the norms |x0|."""

@@ -1,5 +1,6 @@
 """What a schedule was searched for: the model's path, and the model itself."""
 
+import functools
 import inspect
 from typing import Any, ClassVar
 
@@ -59,7 +60,14 @@ def solver_of(
 
 def scales_input(pipe: Any) -> bool:
     """Returns whether a pipeline calls scale_model_input, as far as its class' source can be read."""
-    for base in type(pipe).__mro__[:-1]:
+    cls: Any = type(pipe)
+    return _scales_input(cls)
+
+
+@functools.cache
+def _scales_input(cls: type) -> bool:
+    """Reads the source once for a class: it takes a good part of a second."""
+    for base in cls.__mro__[:-1]:
         try:
             if "scale_model_input" in inspect.getsource(base):
                 return True
