@@ -53,7 +53,8 @@ def main() -> None:
     objective = None if arguments.distance else score_of(arguments.device)
     conditions = default_conditions(arguments.model, pipe, 5 * arguments.images)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    known = {schedule.evaluations: schedule for schedule in fitting(pipe, arguments.file)}
+    fitted = fitting(pipe, arguments.file, arguments.guidance)
+    known = {schedule.evaluations: schedule for schedule in fitted}
     found = []
     for count in arguments.nfe:
         polish = Polish(pipe, known[count], conditions, objective, arguments.guidance, arguments.images,

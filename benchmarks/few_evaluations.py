@@ -130,7 +130,7 @@ class Runs:
             with attached(self.pipe, f"s3:{file}" if file else "s3"):
                 return self.score(self.sampler(steps, self.batch))
 
-        schedules = fitting(self.pipe, file)
+        schedules = fitting(self.pipe, file, self.sampler.guidance)
         text = json.dumps([schedule.to_dict() for schedule in schedules if schedule.evaluations == steps])
         return self._kept(f"s3-{steps}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", make)
 
@@ -198,7 +198,7 @@ def compare(runs: Runs, steps: int, files: Sequence[str]) -> list[dict[str, Any]
     """Returns the rows of one number of evaluations, those of S3 first."""
     chosen: dict[Schedule, str] = {}
     for file in files:
-        for schedule in fitting(runs.pipe, file):
+        for schedule in fitting(runs.pipe, file, runs.sampler.guidance):
             if schedule.evaluations == steps:
                 chosen.setdefault(schedule, file)  # one row where nothing was polished
     ours = [runs.s3(steps, file) for file in chosen.values()]

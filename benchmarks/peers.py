@@ -106,12 +106,13 @@ class Method:
         return f"{re.sub('[^A-Za-z0-9.]+', '-', text)[:60]}-{digest}"
 
 
-def methods(subject: Subject, steps: int, plan: str) -> list[Method]:
+def methods(subject: Subject, steps: int, guidance: float, plan: str) -> list[Method]:
     """Returns all rows for a model, the plain run first.
 
     Arguments:
         subject: The model.
         steps: The steps of the plain run.
+        guidance: The guidance scale.
         plan: The file of a plan for ``auto``; empty for none.
     """
     pipe, kind = subject.pipe, subject.kind
@@ -130,7 +131,7 @@ def methods(subject: Subject, steps: int, plan: str) -> list[Method]:
         rows.append(
             Method("ours", stack.name, setting, steps, functools.partial(attached, pipe, spec), content)
         )
-    known = [] if resolve("s3")[0].check(pipe) else fitting(pipe)
+    known = [] if resolve("s3")[0].check(pipe) else fitting(pipe, guidance=guidance)
     rows += [Method("ours", "s3", f"{schedule.evaluations} steps", schedule.evaluations,
                     functools.partial(attached, pipe, "s3"), json.dumps(schedule.to_dict()))
              for schedule in known if schedule.evaluations < steps]  # fmt: skip
@@ -158,7 +159,7 @@ class Runs:
         conditions = default_conditions(model, self.pipe, self.count)
         self.sampler = Sampler(self.pipe, conditions, steps, GUIDANCE[model], SEED, self.count)
         plan = dict(given.split("=", 1) for given in arguments.plan).get(f"{model}@{steps}", "")
-        self.methods = methods(subject, steps, plan)
+        self.methods = methods(subject, steps, GUIDANCE[model], plan)
         if arguments.only:
             self.methods = [row for row in self.methods
                             if row.group == "plain" or re.search(arguments.only, row.name)]  # fmt: skip

@@ -25,6 +25,7 @@ from diffaccel.samplers import (
 from diffaccel.samplers.family import family_of
 from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.s3 import Search
+from diffaccel.samplers.searched import fitting
 from diffaccel.samplers.space import ScheduleSpace
 from diffaccel.search import Evolution, Ranking, Space
 
@@ -368,6 +369,30 @@ def test_corrections_are_of_one_model(tmp_path):
         else:
             with pytest.raises(DiffaccelError, match="fitted to another model"):
                 pipe.to(accel=f"s3:{tmp_path / 'one.json'}")
+
+
+def test_a_call_has_the_schedule_of_the_nearest_guidance(tmp_path):
+    """Of one number of evaluations; without a scale the call has its default, 7.5, as has a search."""
+    pipe, file = fresh("sd"), tmp_path / "several.json"
+    family = family_of(pipe)
+
+    def schedule(middle, guidance, count=2):
+        nodes = (14.0, middle, 0.1)[:count]
+        return replace(solver_schedule("dpm++2m", (*nodes, 0.0)),
+                       facts={"family": family, "guidance": guidance})  # fmt: skip
+
+    known = [schedule(5.0, 2.5), schedule(3.0, 5.0), schedule(2.0, None), schedule(5.0, 2.5, 3)]
+    file.write_text(json.dumps([one.to_dict() for one in known]))
+    for guidance, place in ((1.0, 0), (3.7, 0), (4.0, 1), (6.0, 1), (7.0, 2), (None, 2)):
+        found = fitting(pipe, str(file), guidance)
+        assert found == [known[place], known[3]] and found[0].facts == known[place].facts
+        pipe.to(accel=f"s3:{file}")
+        seen = []
+        options = {} if guidance is None else {"guidance_scale": guidance}
+        pipe("a bag", num_inference_steps=2, output_type="latent", callback_on_step_end_tensor_inputs=[],
+             callback_on_step_end=lambda *a: seen.append(a[2].item()) or {}, **options)  # fmt: skip
+        times = [PATH.time(ratio) for ratio in known[place].sigmas[:2]]
+        assert seen == pytest.approx(times, rel=1e-5)
 
 
 def test_students_are_not_given_the_schedules_of_their_teacher():

@@ -102,7 +102,8 @@ def polish_schedules(
     """
 
     def make(pipe: Any, evaluations: int, **common: Any) -> Polish:
-        known = {schedule.evaluations: schedule for schedule in fitting(pipe, file)}
+        found = fitting(pipe, file, settings.guidance)
+        known = {schedule.evaluations: schedule for schedule in found}
         if evaluations not in known:
             raise OptionError(f"no schedule of {evaluations} evaluations; there are {sorted(known)}")
         return Polish(pipe, known[evaluations], bound=bound, depth=depth, part=part, **common)

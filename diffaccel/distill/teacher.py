@@ -50,7 +50,7 @@ class _Loop(Accelerator):
     def __init__(self, begin: Callable[[Tensor, float], None]) -> None:
         self.begin = begin
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns a copy, so that the pipeline's own is left as it is."""
         return copy.deepcopy(pipe.scheduler)
 

@@ -110,8 +110,13 @@ class Accelerator:
         """
         return {}
 
-    def scheduler(self, pipe: Any) -> Any:
-        """Returns a scheduler that stands in the place of the pipeline's during a call; None leaves it."""
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
+        """Returns a scheduler that stands in the place of the pipeline's during a call; None leaves it.
+
+        Arguments:
+            pipe: The pipeline.
+            given: The arguments of the call by name, without defaults; none outside of a call.
+        """
         return None
 
     def start(self, run: "Run") -> None:

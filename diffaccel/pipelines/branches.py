@@ -1,6 +1,7 @@
 """How pipelines compute their guidance: the branches, their order, and where pictures have channels."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,6 +12,7 @@ __all__ = [
     "Convention",
     "Layout",
     "convention_of",
+    "guidance_of",
     "is_embedded",
     "is_guiding",
     "leading",
@@ -156,6 +158,18 @@ def scale_of(pipe: Any, arguments: dict[str, Any], name: str) -> float:
         name: The name of the argument.
     """
     return float(arguments.get(name, inspect.signature(type(pipe).__call__).parameters[name].default))
+
+
+def guidance_of(pipe: Any, arguments: Mapping[str, Any]) -> float | None:
+    """Returns the guidance scale of a call, given or by default; None where it has none that is a number.
+
+    Arguments:
+        pipe: The pipeline.
+        arguments: The arguments of its call.
+    """
+    known = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    value = arguments.get("guidance_scale", known.default if known else None)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def samples_of(pipe: Any, arguments: dict[str, Any]) -> int:

@@ -29,7 +29,7 @@ class _Capture(Accelerator):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns a copy, so that the pipeline's own is left as it is."""
         return copy.deepcopy(pipe.scheduler)
 

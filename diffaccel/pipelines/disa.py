@@ -92,7 +92,7 @@ class StepAnnealing(Accelerator):
             return f"kind='auto' needs the errors of its head; {name} has no method step_error(steps, spread)"
         return None
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the pipeline's scheduler with annealed head steps; it stands in during a call."""
         self.count: Count = Count()
         self.run: Run | None = None

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class FeynmanKac(Accelerator):
         """The rows of the particles that the pipeline was left with, once the loop has ended."""
         self.evaluations = 0
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns a copy of the pipeline's scheduler, which is left as it is."""
         return copy.deepcopy(pipe.scheduler)
 

@@ -237,7 +237,7 @@ class Run:
     def _replace_scheduler(self, undo: ExitStack) -> None:
         """Puts an accelerator's scheduler in the place of the pipeline's; not through its own bookkeeping."""
         for accelerator in self.stack:
-            if (other := accelerator.scheduler(self.pipe)) is not None:
+            if (other := accelerator.scheduler(self.pipe, self.arguments)) is not None:
                 undo.callback(self.pipe.__dict__.__setitem__, "scheduler", self.pipe.scheduler)
                 self.pipe.__dict__["scheduler"] = self.scheduler = other
                 self.replaced = accelerator.name

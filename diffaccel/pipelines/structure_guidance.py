@@ -5,6 +5,7 @@ encoded again; the solver gets the output that stands for it, whatever the netwo
 solver is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +146,7 @@ class StructureGuidance(Watch):
         super().__init__(record)
         self.schedule, self.begin, self.guide = schedule, begin, guide
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the scheduler of the stage, for the length of a call."""
         return self.schedule
 

@@ -23,7 +23,7 @@ class SolverAccelerator(Accelerator):
     def check(self, pipe: Any) -> str | None:
         """Returns why there is no such scheduler for the pipeline."""
         try:
-            solver = self.scheduler(pipe)
+            solver = self.scheduler(pipe, {})
         except DiffaccelError as error:
             return str(error)
         if any(schedule.skipped for schedule in solver.known) and not scales_input(pipe):

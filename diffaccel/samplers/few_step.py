@@ -132,7 +132,7 @@ class FewStep(SolverAccelerator):
         """Returns the recipe's number of steps."""
         return (RECIPES[self.recipe].steps + self.final_denoise,)
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the solver with the recipe's schedule."""
         path = solver_of(pipe.scheduler).path
         schedule = recipe_schedule(RECIPES[self.recipe], path, self.final_denoise)

@@ -33,6 +33,6 @@ class Solver(SolverAccelerator):
     solver: str = option("dpm++2m", choices=tuple(SOLVERS))
     grid: str = option("trailing", choices=tuple(GRIDS))
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the solver with the settings of the pipeline's scheduler."""
         return solver_of(pipe.scheduler, solver=self.solver, grid=self.grid)

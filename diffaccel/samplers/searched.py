@@ -1,6 +1,7 @@
 """Searched schedules as an accelerator: ``pipe.to(accel="s3")`` or ``pipe.to(accel="s3:FILE")``."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..errors import UnsupportedPipeline
 from ..pipelines.accelerator import option
+from ..pipelines.branches import guidance_of
 from ..pipelines.identity import STEPS_KEY
 from .family import SolverAccelerator, family_of, solver_of
 from .schedule import Schedule, ScheduleError, load_schedules
@@ -23,13 +25,15 @@ def shipped() -> tuple[Schedule, ...]:
     return tuple(schedule for file in sorted(TABLES.glob("*.json")) for schedule in load_schedules(file))
 
 
-def fitting(pipe: Any, file: str = "") -> list[Schedule]:
-    """Returns the schedules that fit a pipeline's model.
+def fitting(pipe: Any, file: str = "", guidance: float | None = None) -> list[Schedule]:
+    """Returns the schedules that fit a pipeline's model, one for each number of evaluations.
 
     Arguments:
         pipe: The pipeline.
         file: A file of schedules, which must be for the model's path, and for the model where they have
             corrections; the shipped ones if it is empty, which must be for the model.
+        guidance: The guidance scale; None for the pipeline's own. Of several schedules of one number of
+            evaluations, the one is taken that was searched for the nearest.
 
     Raises:
         ScheduleError: If the file cannot be read, or none of its schedules is for the model's path.
@@ -64,7 +68,22 @@ def fitting(pipe: Any, file: str = "") -> list[Schedule]:
             f"{', '.join(models) or 'no model'}); make one with `diffaccel search s3 MODEL`, and give its "
             "file: accel='s3:FILE'"
         )
-    return found
+    return _nearest(found, pipe, guidance)
+
+
+def _nearest(schedules: Sequence[Schedule], pipe: Any, guidance: float | None) -> list[Schedule]:
+    """Returns one schedule for each number of evaluations."""
+    own = guidance_of(pipe, {})
+    wanted = own if guidance is None else guidance
+    found: dict[int, tuple[float, Schedule]] = {}
+    for schedule in schedules:
+        scale = schedule.facts.get("guidance")
+        scale = own if scale is None else scale
+        far = math.inf if scale is None or wanted is None else abs(scale - wanted)
+        kept = found.setdefault(schedule.evaluations, (far, schedule))
+        if far < kept[0]:
+            found[schedule.evaluations] = far, schedule
+    return [found[count][1] for count in sorted(found)]
 
 
 def _needed(schedule: Schedule, file: str) -> tuple[str, ...]:
@@ -78,7 +97,8 @@ class S3(SolverAccelerator):
     """Samples with a searched schedule; num_inference_steps of the call is its number of evaluations.
 
     For the length of a call, the pipeline has a `UnifiedSolverScheduler` with the schedules that fit its
-    model. A call with a number of steps that none of them has is an error that names the numbers.
+    model. A call with a number of steps that none of them has is an error that names the numbers. Where
+    there are some for several guidance scales, the call has those of the scale nearest to its own.
 
     Arguments:
         file: What ``diffaccel search s3`` has written; empty for the schedules that ship with the package.
@@ -98,7 +118,7 @@ class S3(SolverAccelerator):
         """Returns the numbers of evaluations that there is a schedule for."""
         return sorted({schedule.evaluations for schedule in fitting(pipe, self.file)})
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the solver with the schedules that fit."""
-        schedules = [schedule.to_dict() for schedule in fitting(pipe, self.file)]
+        schedules = [schedule.to_dict() for schedule in fitting(pipe, self.file, guidance_of(pipe, given))]
         return solver_of(pipe.scheduler, schedules=schedules)

@@ -139,13 +139,13 @@ class AutoDiffusion(Accelerator):
         if self._known is None and not self.file:
             return "it needs a schedule: `diffaccel search autodiffusion MODEL` makes one; give its file"
         try:
-            self.scheduler(pipe)
+            self.scheduler(pipe, {})
             self._layers(pipe)
         except DiffaccelError as error:
             return str(error)
         return None
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the solver with the schedule."""
         return solver_of(pipe.scheduler, schedules=[self.thinned.schedule.to_dict()])
 
