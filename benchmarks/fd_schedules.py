@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, help="a multiple of 32, which are one batch")
     parser.add_argument("--distance", action="store_true", help="for the distance to the fine solution")
     parser.add_argument("--bound", type=float, default=1.15)
+    parser.add_argument("--near", type=int, default=96, help="images of the bound")
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--budget", type=int, default=240)
     parser.add_argument("--part", type=float, default=1.0, help="how much of the change is made")
@@ -58,7 +59,8 @@ def main() -> None:
     found = []
     for count in arguments.nfe:
         polish = Polish(pipe, known[count], conditions, objective, arguments.guidance, arguments.images,
-                        arguments.bound, arguments.depth, arguments.budget, part=arguments.part,
+                        arguments.bound, arguments.near, arguments.depth, arguments.budget,
+                        part=arguments.part,
                         file=arguments.out / f"search-{count}.json")  # fmt: skip
         with counting(f"{count} evaluations", arguments.budget) as advance:
             schedule = polish.run(advance)

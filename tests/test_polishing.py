@@ -13,7 +13,7 @@ from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.polishing import Polish
 from diffaccel.samplers.space import ScheduleSpace
 
-SETTINGS = {"conditions": [], "images": 24, "depth": 2, "budget": 40, "batch": 5}
+SETTINGS = {"conditions": [], "images": 24, "near": 16, "depth": 2, "budget": 40, "batch": 5}
 BOUNDS = (1.02, 3.0)
 
 
@@ -81,6 +81,7 @@ def test_only_the_evaluations_after_a_change_are_made(fitted):
     pipe.unet.forward = counted
     polish = Polish(pipe, fitted, score=contrast, **SETTINGS)
     polish._begin(0)
+    assert len(polish.fine) == SETTINGS["near"] < SETTINGS["images"]
     whole = polish._measured(fitted)
     for depth in (1, 2, 3):
         polish._record(len(fitted.steps) - depth + 1)
@@ -114,7 +115,7 @@ def test_it_goes_on_to_the_same_result(fitted, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [({"bound": 0.9}, "bound"), ({"part": 0.0}, "part"), ({"part": 1.5}, "part"),
-      ({"images": 0}, "1 image"), ({"depth": 5}, "1 to 4"),
+      ({"images": 0}, "1 image"), ({"near": 0}, "1 image"), ({"depth": 5}, "1 to 4"),
      ({"depth": 0}, "1 to 4"), ({"budget": 9}, "no generation"), ({"batch": 1}, "2 candidates")],
 )  # fmt: skip
 def test_bad_settings(fitted, changed, words):

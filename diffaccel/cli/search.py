@@ -85,7 +85,7 @@ def search_s3(settings: Settings, out: Path) -> list[Schedule]:
 
 
 def polish_schedules(
-    settings: Settings, out: Path, file: str, bound: float, depth: int, part: float
+    settings: Settings, out: Path, file: str, bound: float, near: int, depth: int, part: float
 ) -> list[Schedule]:
     """Moves the last steps of searched schedules for an objective; writes what `search_s3` does.
 
@@ -94,6 +94,7 @@ def polish_schedules(
         out: The folder; the states of unfinished searches are in it, too.
         file: The schedules; those that ship with the package if it is empty.
         bound: By what factor the distance to the fine solution may grow.
+        near: The first images, whose distance it is.
         depth: The most steps that are changed.
         part: How much of the change that is found is made.
 
@@ -106,10 +107,10 @@ def polish_schedules(
         known = {schedule.evaluations: schedule for schedule in found}
         if evaluations not in known:
             raise OptionError(f"no schedule of {evaluations} evaluations; there are {sorted(known)}")
-        return Polish(pipe, known[evaluations], bound=bound, depth=depth, part=part, **common)
+        return Polish(pipe, known[evaluations], **numbers, **common)
 
-    options = {"file": file, "bound": bound, "depth": depth, "part": part}
-    return _search(settings, out, make, options, _write_schedules)
+    numbers: dict[str, Any] = {"bound": bound, "near": near, "depth": depth, "part": part}
+    return _search(settings, out, make, {"file": file, **numbers}, _write_schedules)
 
 
 def search_layers(settings: Settings, out: Path, max_drop: float, solver: str) -> list[ThinnedSchedule]:

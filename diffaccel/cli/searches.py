@@ -50,6 +50,7 @@ def search_polish_(
     nfe: Nfe = None,
     file: Annotated[str, typer.Option(help="Fitted schedules; those that ship by default.")] = "",
     bound: Annotated[float, typer.Option(min=1, help="Factor of the distance's growth, at most.")] = 1.15,
+    near: Annotated[int, typer.Option(min=1, help="Images of that distance.")] = 96,
     depth: Annotated[int, typer.Option(min=1, help="Most steps that are changed, the last ones.")] = 3,
     part: Annotated[float, typer.Option(min=0, max=1, help="How much of the change is made.")] = 1.0,
     guidance: Guidance = None,
@@ -69,7 +70,7 @@ def search_polish_(
 
     settings = Settings(model, tuple(nfe or (5,)), guidance, prompts, images, budget, seed, objective,
                         protocol, reference, device=device, dtype=dtype)  # fmt: skip
-    found = polish_schedules(settings, out, file, bound, depth, part)
+    found = polish_schedules(settings, out, file, bound, near, depth, part)
     for line in polished_lines(found, out) if found else ():
         typer.echo(line)
 

@@ -175,12 +175,10 @@ class Sada(Accelerator):
         denoiser = call.network not in AUXILIARY
         known, previous = self.last.get(key, (0, None))
         switched = denoiser and (call.network != self.network or known not in (0, call.rows))
-        skips = False
-        if self.idle or known != call.rows or switched:
-            output = self._part(call, proceed, range(batch))
-        elif self.skip.all():
+        whole, skips = self.idle or known != call.rows or switched, False
+        if not whole and self.skip.all():
             output, skips = previous, True
-        elif call.rows % batch or self._is_compiled(call):  # frames may be samples, but not rows
+        elif whole or call.rows % batch or self._is_compiled(call):  # frames may be samples, but not rows
             output = self._part(call, proceed, range(batch))
         else:
             output, skips = self._some(call, proceed, previous), bool(self.skip.any())

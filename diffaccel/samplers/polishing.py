@@ -35,8 +35,6 @@ WIDTH = 0.15
 """The first standard deviation of CMA-ES, in parts of the relative distance to the fine solution."""
 STRICTNESS = 10.0
 """The factor of the squared relative excess over the bound, in parts of the score at the start."""
-NEAR = 96
-"""The images whose distance to the fine solution is bounded."""
 
 
 class Tape(Accelerator):
@@ -79,6 +77,7 @@ class Polish:
         guidance: The guidance scale; None for the pipeline's own.
         images: Images that are scored; the result is compared with the start on as many others.
         bound: By what factor the distance to the fine solution may grow, at least 1.
+        near: The first images, whose distance it is: more of them hold the bound better on other noise.
         depth: The most steps that are changed.
         budget: Candidates to score, an equal part for each depth.
         seed: Decides everything.
@@ -90,7 +89,7 @@ class Polish:
     """
 
     RECORDED: ClassVar[tuple[str, ...]] = (
-        "guidance", "images", "bound", "depth", "budget", "seed", "batch",
+        "guidance", "images", "bound", "near", "depth", "budget", "seed", "batch",
     )  # fmt: skip
 
     pipe: Any
@@ -100,6 +99,7 @@ class Polish:
     guidance: float | None = None
     images: int = 1000
     bound: float = 1.15
+    near: int = 96
     depth: int = 3
     budget: int = 240
     seed: int = 0
@@ -117,7 +117,7 @@ class Polish:
         """
         cma_library()
         schedule = self.schedule
-        if not self.bound >= 1 or self.images < 1 or self.batch < 2:
+        if not self.bound >= 1 or min(self.images, self.near) < 1 or self.batch < 2:
             raise OptionError("polishing needs a bound of at least 1, 1 image, and 2 candidates at once")
         if not 0 < self.part <= 1:
             raise OptionError(f"part is {self.part}; expected a number above 0, at most 1")
@@ -162,7 +162,7 @@ class Polish:
         if self.score is None:
             self.fine = self.objective.fine()
         else:
-            self.fine = self.objective.first(min(self.images, NEAR), batch).fine()
+            self.fine = self.objective.first(min(self.images, self.near), batch).fine()
         self._record(0)
         self.at_start = self._measured(self.schedule)
 
@@ -227,7 +227,7 @@ class Polish:
         self._begin(1)
         names = ("score", "distance")
         return {
-            "score": name_of(self.score), "images": self.images, "bound": self.bound,
+            "score": name_of(self.score), "images": self.images, "bound": self.bound, "near": self.near,
             "depth": self.depth, "candidates": len(self.scored), "seed": self.seed, "part": self.part,
             "start": dict(zip(names, at_start, strict=True)),
             "held_out_start": dict(zip(names, self.at_start, strict=True)),
