@@ -28,6 +28,7 @@ PASSIVE: dict[str, Any] = {
     "sada, max_skips=0": {"sada": {"max_skips": 0}},
     "sada, nothing predictable": {"sada": {"tolerance": 1e-12}},
     "apg, plain": {"apg": {"eta": 1.0}},
+    "inherit, all steps full": {"inherit": {"warmup": 1000}},
 }
 """Accelerators that change nothing, by the name of their row."""
 

@@ -368,3 +368,18 @@ def test_timesteps_are_given_in_any_way():
     pipe.to(accel="inherit")
     results = [pipe(way) for way in ways]
     assert all(torch.equal(result, results[0]) for result in results) and not torch.equal(results[0], plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "dit", "sd_controlnet"])
+def test_nothing_is_watched_or_kept_where_no_later_step_inherits(name, monkeypatch):
+    case, pipe = TINY[name], fresh(name)
+    plain, kept = run(case, pipe, 4), []
+    own = Features._kept
+    monkeypatch.setattr(Features, "_kept", lambda self, part, call, proceed: (
+        kept.append(call.step), own(self, part, call, proceed))[1])  # fmt: skip
+    assert torch.equal(run(case, pipe.to(accel=inherit(warmup=case.updates(4), cooldown=1)), 4), plain)
+    assert kept == []
+    pipe.to(accel=inherit(warmup=2, every=2, cooldown=1))
+    run(case, pipe, 4)
+    steps = {action.step for action in pipe.accel.report.actions}
+    assert set(kept) == set(range(max(steps))) and max(steps) < case.updates(4) - 1

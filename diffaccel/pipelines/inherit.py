@@ -8,6 +8,7 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -184,35 +185,45 @@ class Inherit(Accelerator):
         parents = {name[:place] for name in known for place, letter in enumerate(name) if letter == "."}
         self._holding = known & parents
         self._full: set[int] | None = None
+        self._end: float | None = None  # the last step at which something inherits
         self._memory: dict[tuple[str, int], Features] = {}
         self._upstream: tuple[Trace, Features] | None = None
         self._now: Callable[[str, BlockCall, Proceed], Any] | None = None
 
     def _inherited(self, call: Evaluation) -> frozenset[str]:
         """Returns the modules that inherit at this step."""
-        pattern, run = self._pattern(), call.run
-        if pattern is not None:
-            if len(run.path) != len(pattern.inherited):
-                raise UnsupportedPipeline(
-                    f"the pattern is for {len(pattern.inherited)} solver updates, this call has "
-                    f"{len(run.path)}; choose num_inference_steps accordingly"
-                )
+        if (pattern := self._pattern()) is not None:
             return frozenset(pattern.inherited[call.index])
+        return frozenset() if self._is_full(call.run, call.step) else self._all
+
+    def _is_full(self, run: Run, step: int) -> bool:
+        """Returns whether a step is computed in full, where no pattern says it."""
         begin = self.warmup - 1  # the last step of the warm-up is the first of the pattern
         if not self._counts:
-            full = call.step <= begin or not (call.step - begin) % self.every
-        else:
-            if self._full is None:
-                total = max(run.num_updates - begin, 1)
-                steps = computed_steps(total, self.every, self.power, self.center)
-                self._full = {begin + step for step in steps}
-            full = call.step <= begin or call.step in self._full
-            full |= call.step >= run.num_updates - self.cooldown
-        return frozenset() if full else self._all
+            return step <= begin or not (step - begin) % self.every
+        if self._full is None:
+            total = max(run.num_updates - begin, 1)
+            steps = computed_steps(total, self.every, self.power, self.center)
+            self._full = {begin + step for step in steps}
+        return step <= begin or step in self._full or step >= run.num_updates - self.cooldown
+
+    def _is_over(self, call: Evaluation) -> bool:
+        """Returns whether nothing inherits from this step on, so that nothing has to be kept."""
+        pattern, run = self._pattern(), call.run
+        if self._end is None:
+            if pattern is not None:
+                _check_length(pattern, run)
+                self._end = max((n for n, names in enumerate(pattern.inherited) if names), default=-1)
+            elif self._counts:
+                steps = range(run.num_updates)
+                self._end = max((step for step in steps if not self._is_full(run, step)), default=-1)
+            else:
+                self._end = math.inf
+        return (call.step if pattern is None else call.index) > self._end
 
     def evaluate(self, call: Evaluation, proceed: Proceed) -> Any:
         """Chooses the modules that inherit; a first evaluation, or one of other shapes, is watched."""
-        if not self._names:
+        if not self._names or self._is_over(call):
             return proceed(call)
         if torch.is_grad_enabled():
             raise UnsupportedPipeline("inherit cannot accelerate a call that computes gradients")
@@ -281,6 +292,14 @@ class Inherit(Accelerator):
         if self._now is None:
             return proceed(call)
         return self._now(self._names[call.module], call, proceed)
+
+
+def _check_length(pattern: Inheritance, run: Run) -> None:
+    if len(run.path) != len(pattern.inherited):
+        raise UnsupportedPipeline(
+            f"the pattern is for {len(pattern.inherited)} solver updates, this call has {len(run.path)}; "
+            "choose num_inference_steps accordingly"
+        )
 
 
 def _known_parts(name: str, network: nn.Module) -> Parts:
