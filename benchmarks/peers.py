@@ -67,8 +67,15 @@ SHARES = (0.7, 0.5, 0.36, 0.26, 0.2, 0.16, 0.12)
 """Fewer steps, as parts of all."""
 
 TOLERANCES = (0.003, 0.007, 0.014, 0.03, 0.06)
+LONGER = ((0.03, 5), (0.06, 5), (0.06, 7))
+"""Tolerances with more than three skipped steps in a row."""
+
 OURS: dict[str, list[dict[str, Any]]] = {
-    "any": [*({"sada": {"tolerance": value}} for value in TOLERANCES), {"reuse": {"every": 2}}],
+    "any": [
+        *({"sada": {"tolerance": value}} for value in TOLERANCES),
+        *({"sada": {"tolerance": value, "max_skips": count}} for value, count in LONGER),
+        {"reuse": {"every": 2}},
+    ],
     "transformer": [{"inherit": {"every": every, "order": 1}} for every in (2, 3, 5)],
     "unet": [
         *({"inherit": {"every": every, "order": 1}} for every in (2, 3, 5)), {"inherit": {}},

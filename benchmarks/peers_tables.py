@@ -49,10 +49,10 @@ Written by `make tables` from `benchmarks/peers-*.json`, which `python benchmark
 (extra `peers`). {versions}; {machine["processor"]}, {machine["threads"]} thread(s).
 
 - **Rows.** All methods make the same images: same prompts, same noise, same scheduler, and the errors are
-  those against the unaccelerated run. `s3` and fewer steps take other steps by their nature; the schedules of
-  `s3` were searched for guidance 2.5, and are not better than fewer steps for the U-Net at guidance 5. They
-  are those that shipped when this was measured; since then 5 and 6 evaluations were polished for the Fréchet
-  distance, which moves the DiT's images 1.15 and 1.28 times as far from the fine solution.
+  those against the unaccelerated run. `s3` and fewer steps take other steps by their nature: both approach
+  the fine solution, from which plain runs of 20 steps are away by themselves. The schedules of `s3` are those
+  that ship, searched for the guidance of the run on other noise, and those of 5 and 6 evaluations of the DiT
+  polished for the Fréchet distance, which moves its images 1.15 and 1.28 times as far from the fine solution.
 - **Speed-up.** Wall-clock seconds of the whole call, batch by batch in turn with the plain run; the median of
   the paired ratios, and the least and largest.
 - **Operations.** GFLOP an image of matrix products, convolutions and attention, counted by

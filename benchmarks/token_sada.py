@@ -25,6 +25,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from kept import kept
 from torch import nn
 
 from diffaccel import zoo
@@ -68,23 +69,27 @@ def sampler(name: str, size: int, images: int, steps: int) -> Sampler:
     return Sampler(pipe, conditions, steps, 5.0, 0, options={"height": size, "width": size})
 
 
-def curve(name: str, size: int, images: int, steps: int, repeats: int) -> list[dict[str, Any]]:
-    """Returns the rows of one pipeline."""
-    sample = sampler(name, size, images, steps)
-    plain, rows = sample(batch=images), list[dict[str, Any]]()
-    for tolerance, tokens in itertools.product(TOLERANCES, (0.0, *TOKENS)):
-        seconds = []
+def curve(name: str, size: int, images: int, steps: int, repeats: int, work: Path) -> list[dict[str, Any]]:
+    """Returns the rows of one pipeline; what was measured is kept in a folder."""
+    sample, rows = sampler(name, size, images, steps), list[dict[str, Any]]()
+    plain = functools.cache(lambda: sample(batch=images))
+
+    def row(tolerance: float, tokens: float) -> dict[str, Any]:
+        reference, seconds = plain(), []
         with attached(sample.pipe, {"sada": {"tolerance": tolerance, "tokens": tokens}}):
             for _ in range(repeats):
                 begin = time.process_time()
                 made = sample(batch=images)
                 seconds.append(time.process_time() - begin)
         ((_, report),) = sample.reports
-        rows.append({
-            "model": name, "size": size, "tolerance": tolerance, "tokens": tokens,
-            "rms": distance(made, plain), "evaluated": report.evaluated, "computed": report.tokens,
-            "seconds": min(seconds),
-        })  # fmt: skip
+        return {"rms": distance(made, reference), "evaluated": report.evaluated, "computed": report.tokens,
+                "seconds": min(seconds), "repeats": repeats}  # fmt: skip
+
+    for tolerance, tokens in itertools.product(TOLERANCES, (0.0, *TOKENS)):
+        options = {"tolerance": tolerance, "tokens": tokens}
+        file = work / f"{name}-{size}-{images}-{steps}" / f"{tolerance}-{tokens}.npz"
+        measured = kept(file, functools.partial(row, **options))
+        rows.append({"model": name, "size": size, **options, **measured})
         print(rows[-1], flush=True)
     known = sorted((row["rms"], row["seconds"]) for row in rows if not row["tokens"])
     errors, times = np.log([[max(value, 1e-9) for value in pair] for pair in known]).T
@@ -195,11 +200,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="of single evaluations")
     parser.add_argument("--latents", type=int, nargs="*", default=[8, 16, 32, 64])
     parser.add_argument("--scenes", type=int, nargs="*", default=list(range(len(SCENES))), help="0 to 3")
+    parser.add_argument("--work", type=Path, default=Path("out/token-sada"), help="what is measured")
     parser.add_argument("--out", type=Path, default=FOLDER / "token-sada.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        given = arguments.images, arguments.steps, arguments.repeats
+        given = arguments.images, arguments.steps, arguments.repeats, arguments.work
         runs = [row for number in arguments.scenes for row in curve(*SCENES[number], *given)]
         single = [row for family in SHAPES for side in arguments.latents
                   for row in evaluation(family, side, arguments.rounds)]  # fmt: skip

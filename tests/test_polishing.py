@@ -1,6 +1,7 @@
 """Fitted schedules whose last steps are moved for a score of the images, and the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ def test_by_the_distance_it_comes_nearer_than_the_fit():
     facts = Polish(toy_pipe(), start, **{**SETTINGS, "images": 32, "budget": 100}).run().facts["polished"]
     assert facts["held_out"]["distance"] < facts["held_out_start"]["distance"]
     assert facts["held_out"]["score"] == facts["held_out"]["distance"] and facts["score"] == "distance"
+    again = Polish(toy_pipe(), replace(start, facts={"polished": facts}), **{**SETTINGS, "budget": 20}).run()
+    assert again.facts["polished"]["before"] == facts
 
 
 def test_only_the_evaluations_after_a_change_are_made(fitted):

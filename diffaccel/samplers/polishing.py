@@ -225,13 +225,14 @@ class Polish:
         """Returns how the schedule compares with the start, on conditions and noise it has not seen."""
         at_start = self.at_start
         self._begin(1)
-        names = ("score", "distance")
+        names, before = ("score", "distance"), self.schedule.facts.get("polished")
         return {
             "score": name_of(self.score), "images": self.images, "bound": self.bound, "near": self.near,
             "depth": self.depth, "candidates": len(self.scored), "seed": self.seed, "part": self.part,
             "start": dict(zip(names, at_start, strict=True)),
             "held_out_start": dict(zip(names, self.at_start, strict=True)),
             "held_out": dict(zip(names, self._measured(best), strict=True)),
+            **({} if before is None else {"before": before}),
         }  # fmt: skip
 
     def _keep(self, results: list[tuple[float, list[float]]], advance: Callable[[int], None]) -> None:
