@@ -395,6 +395,20 @@ def test_a_call_has_the_schedule_of_the_nearest_guidance(tmp_path):
         assert torch.equal(images, pipe("a bag", num_inference_steps=2, output_type="latent",
                                         generator=torch.manual_seed(0), **options).images)  # fmt: skip
         pipe.scheduler = own
+    file.write_text(json.dumps([one.to_dict() for one in (*known, known[1])]))
+    with pytest.raises(DiffaccelError, match="several schedules of 2 evaluations for the guidance scale 5"):
+        DiffaccelError, match=r"several schedules of 2 evaluations for the guidance scale 5\.0"
+    ):
+        pipe.to(accel=f"s3:{file}")
+
+
+@pytest.mark.parametrize(("model", "scales"), [("tiny-fashion-sd", (2.5, 5.0)), ("tiny-fashion-dit", (2.5,))])
+def test_schedules_that_ship_are_for_their_guidance_and_nearer_than_known_solvers(model, scales):
+    pipe = zoo.load(model)
+    for scale in scales:
+        facts = [s.facts for s in fitting(pipe, guidance=scale) if s.evaluations in (4, 5, 6, 8, 10)]
+        assert [f["guidance"] for f in facts] == [scale] * 5
+        assert all(f["held_out"] < min(f["held_out_of_known_solvers"].values()) for f in facts)
 
 
 def test_students_are_not_given_the_schedules_of_their_teacher():

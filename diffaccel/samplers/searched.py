@@ -36,7 +36,8 @@ def fitting(pipe: Any, file: str = "", guidance: float | None = None) -> list[Sc
             evaluations, the one is taken that was searched for the nearest.
 
     Raises:
-        ScheduleError: If the file cannot be read, or none of its schedules is for the model's path.
+        ScheduleError: If the file cannot be read, none of its schedules is for the model's path, or several
+            are for the same number of evaluations and the same guidance scale.
         UnsupportedPipeline: If no shipped schedule is for the model, as none is for a distilled one.
     """
     trained = getattr(pipe.scheduler, "config", {}).get(STEPS_KEY)
@@ -72,18 +73,25 @@ def fitting(pipe: Any, file: str = "", guidance: float | None = None) -> list[Sc
 
 
 def _nearest(schedules: Sequence[Schedule], pipe: Any, guidance: float | None) -> list[Schedule]:
-    """Returns one schedule for each number of evaluations."""
+    """Returns one schedule for each number of evaluations.
+
+    Raises:
+        ScheduleError: If several have the same number and the same guidance scale.
+    """
     own = guidance_of(pipe, {})
     wanted = own if guidance is None else guidance
-    found: dict[int, tuple[float, Schedule]] = {}
-    for schedule in schedules:
+    known = [(schedule.evaluations, schedule.facts.get("guidance")) for schedule in schedules]
+    if twice := [pair for pair in known if known.count(pair) > 1]:
+        count, scale = twice[0]
+        raise ScheduleError(f"several schedules of {count} evaluations for the guidance scale {scale}")
+
+    def far(schedule: Schedule) -> float:
         scale = schedule.facts.get("guidance")
         scale = own if scale is None else scale
-        far = math.inf if scale is None or wanted is None else abs(scale - wanted)
-        kept = found.setdefault(schedule.evaluations, (far, schedule))
-        if far < kept[0]:
-            found[schedule.evaluations] = far, schedule
-    return [found[count][1] for count in sorted(found)]
+        return abs(scale - wanted) if isinstance(scale, (int, float)) and wanted is not None else math.inf
+
+    counts = sorted({count for count, _ in known})
+    return [min((s for s in schedules if s.evaluations == count), key=far) for count in counts]
 
 
 def _needed(schedule: Schedule, file: str) -> tuple[str, ...]:
