@@ -397,8 +397,6 @@ def test_a_call_has_the_schedule_of_the_nearest_guidance(tmp_path):
         pipe.scheduler = own
     file.write_text(json.dumps([one.to_dict() for one in (*known, known[1])]))
     with pytest.raises(DiffaccelError, match="several schedules of 2 evaluations for the guidance scale 5"):
-        DiffaccelError, match=r"several schedules of 2 evaluations for the guidance scale 5\.0"
-    ):
         pipe.to(accel=f"s3:{file}")
 
 
