@@ -134,7 +134,9 @@ def methods(subject: Subject, steps: int, guidance: float, plan: str) -> list[Me
     for spec in specs:
         (stack,) = resolve(spec)
         setting = tag(stack).removeprefix(stack.name).strip("()")
-        content = Path(plan).read_text(encoding="utf-8") if stack.name == "auto" else ""
+        content = ""
+        if stack.name == "auto":
+            setting, content = Path(plan).name, Path(plan).read_text(encoding="utf-8")
         rows.append(
             Method("ours", stack.name, setting, steps, functools.partial(attached, pipe, spec), content)
         )
@@ -171,6 +173,8 @@ class Runs:
             self.methods = [row for row in self.methods
                             if row.group == "plain" or re.search(arguments.only, row.name)]  # fmt: skip
         self.failures: dict[str, str] = {}
+        self.plain_seconds: dict[int, float] = {}
+        """Of the plain run by batch, in this process."""
 
     def measure(self) -> None:
         """Runs all batches of all methods, batch by batch in turn."""
@@ -219,7 +223,20 @@ class Runs:
         reports = self.sampler.reports
         if reports and method.group == "ours":
             cost["evaluated"] = sum(size * report.evaluated for size, report in reports) / len(made[0])
+        if turn and method.group == "plain":
+            self.plain_seconds[turn] = cost["seconds"]
+        elif turn:
+            cost["plain_seconds"] = self._plain(turn)
         return {"images": made[0].numpy(), **cost}
+
+    def _plain(self, turn: int) -> float:
+        """Returns the seconds of the plain run in this process, which another row is compared with."""
+        if turn not in self.plain_seconds:
+            start = turn * self.batch
+            self.plain_seconds[turn] = timed(
+                lambda: self.sampler(self.steps, self.batch, start, start + self.batch), torch.device("cpu")
+            )[1]
+        return self.plain_seconds[turn]
 
     def images(self, method: Method) -> Tensor:
         """Returns all images of a method."""
@@ -273,7 +290,10 @@ def rows_of(runs: Runs) -> list[dict[str, Any]]:
             continue
         parts = [runs.part(method, turn) for turn in (0, *rounds)]
         seconds = [float(part["seconds"]) for part in parts[1:]]
-        speed = Timing(tuple(a / b for a, b in zip(times, seconds, strict=True)))
+        plain_times = [
+            float(part.get("plain_seconds", known)) for part, known in zip(parts[1:], times, strict=True)
+        ]
+        speed = Timing(tuple(a / b for a, b in zip(plain_times, seconds, strict=True)))
         evaluated = [float(part["evaluated"]) for part in parts if "evaluated" in part]
         rows.append({
             **row, "flops": float(parts[0]["flops"]), "calls": int(parts[0]["calls"]),
@@ -291,7 +311,7 @@ def measure_model(model: str, arguments: argparse.Namespace) -> None:
         pipe: Any = zoo.load(model)
     pipe.set_progress_bar_config(disable=True)
     if model == "tiny-fashion-sd":
-        set_scheduler(pipe, "DPMSolverMultistepScheduler")
+        set_scheduler(pipe, "dpm++(timestep_spacing=trailing)")
     few = default_conditions(model, pipe, 4)
     other = Sampler(pipe, few, 50, GUIDANCE[model], SEED - 1000, 4)
     subject = Subject(pipe, other)
