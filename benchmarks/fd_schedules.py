@@ -8,19 +8,22 @@ that ship began with ``fitted-schedules-dit.json`` and ``fitted-schedules-sd.jso
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from few_evaluations import prepared
 
 from diffaccel import zoo
 from diffaccel.cli.writing import counting
 from diffaccel.eval import Extractor, collect, open_images, protocol
-from diffaccel.eval.provenance import versions
+from diffaccel.eval.provenance import plain, versions
 from diffaccel.eval.sampler import default_conditions
 from diffaccel.files import whole
 from diffaccel.samplers.objective import FrechetScore
 from diffaccel.samplers.polishing import Polish
+from diffaccel.samplers.s3 import Search
 from diffaccel.samplers.searched import fitting
 
 HALF = 5000
@@ -31,6 +34,26 @@ def score_of(device: str) -> FrechetScore:
     """Returns the distance to one half of the reference."""
     extractor = Extractor(protocol("fashion"), device)
     return FrechetScore(extractor, collect(open_images(zoo.reference()[0][:HALF]), extractor))
+
+
+def write_found(searches: Iterable[Polish | Search], out: Path, told: Sequence[str], **facts: Any) -> None:
+    """Runs searches one after another, and writes what they have found until then to ``schedules.json``.
+
+    Arguments:
+        searches: The searches.
+        out: The folder of the file.
+        told: The facts that are printed.
+        facts: Further facts of all schedules.
+    """
+    found = []
+    for search in searches:
+        with counting(str(search.file), search.budget) as advance:
+            schedule = search.run(advance)
+        schedule = replace(schedule, facts=plain({**schedule.facts, **facts, "versions": versions()}))
+        print(schedule.evaluations, json.dumps({name: schedule.facts[name] for name in told}), flush=True)
+        found.append(schedule.to_dict())
+        with whole(out / "schedules.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def main() -> None:
@@ -56,18 +79,13 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     fitted = fitting(pipe, arguments.file, arguments.guidance)
     known = {schedule.evaluations: schedule for schedule in fitted}
-    found = []
-    for count in arguments.nfe:
-        polish = Polish(pipe, known[count], conditions, objective, arguments.guidance, arguments.images,
-                        arguments.bound, arguments.near, arguments.depth, arguments.budget,
-                        part=arguments.part,
-                        file=arguments.out / f"search-{count}.json")  # fmt: skip
-        with counting(f"{count} evaluations", arguments.budget) as advance:
-            schedule = polish.run(advance)
-        print(count, json.dumps(schedule.facts["polished"]), flush=True)
-        found.append(replace(schedule, facts={**schedule.facts, "versions": versions()}).to_dict())
-        with whole(arguments.out / "schedules.json") as temporary:
-            temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+    def polish(count: int) -> Polish:
+        return Polish(pipe, known[count], conditions, objective, arguments.guidance, arguments.images,
+                      arguments.bound, arguments.near, arguments.depth, arguments.budget,
+                      part=arguments.part, file=arguments.out / f"search-{count}.json")  # fmt: skip
+
+    write_found(map(polish, arguments.nfe), arguments.out, ["polished"])
 
 
 if __name__ == "__main__":

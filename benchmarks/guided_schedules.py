@@ -6,17 +6,15 @@ bfloat16.  It goes on when stopped.  Those that it found are in the package's ta
 """
 
 import argparse
-import json
-from dataclasses import replace
 from pathlib import Path
 
+from fd_schedules import write_found
 from few_evaluations import prepared
 
 from diffaccel import zoo
-from diffaccel.cli.writing import counting
-from diffaccel.eval.provenance import plain, versions
+from diffaccel.eval.provenance import plain
 from diffaccel.eval.sampler import default_conditions
-from diffaccel.files import whole
+from diffaccel.samplers.objective import Objective
 from diffaccel.samplers.s3 import Search
 
 
@@ -37,19 +35,15 @@ def main() -> None:
     conditions = default_conditions(arguments.model, pipe, 5 * arguments.images)
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = plain({key: value for key, value in vars(arguments).items() if key != "out"})
-    found, objectives = [], {}
-    for count in arguments.nfe:
-        search = Search(pipe, count, conditions, arguments.guidance, arguments.images, arguments.budget,
-                        arguments.seed, file=arguments.out / f"search-{count}.json",
-                        objectives=objectives)  # fmt: skip
-        with counting(f"{count} evaluations", arguments.budget) as advance:
-            schedule = search.run(advance)
-        facts = {**schedule.facts, "settings": settings, "versions": versions()}
-        print(count, json.dumps({key: facts[key] for key in ("held_out", "held_out_of_known_solvers")}),
-              flush=True)  # fmt: skip
-        found.append(replace(schedule, facts=plain(facts)).to_dict())
-        with whole(arguments.out / "schedules.json") as temporary:
-            temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    objectives: dict[int, Objective] = {}
+
+    def search(count: int) -> Search:
+        return Search(pipe, count, conditions, arguments.guidance, arguments.images, arguments.budget,
+                      arguments.seed, file=arguments.out / f"search-{count}.json",
+                      objectives=objectives)  # fmt: skip
+
+    told = ["held_out", "held_out_of_known_solvers"]
+    write_found(map(search, arguments.nfe), arguments.out, told, settings=settings)
 
 
 if __name__ == "__main__":

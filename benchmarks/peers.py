@@ -206,11 +206,10 @@ class Runs:
             return {"failure": described(error)}
 
     def _run(self, method: Method, turn: int) -> dict[str, Any]:
-        start = turn * self.batch
         made: list[Tensor] = []
 
         def call() -> None:
-            made.append(self.sampler(method.steps, self.batch, start, start + self.batch))
+            made.append(self._call(method.steps, turn))
 
         cost: dict[str, float] = {}
         with method.attach():
@@ -232,11 +231,15 @@ class Runs:
     def _plain(self, turn: int) -> float:
         """Returns the seconds of the plain run in this process, which another row is compared with."""
         if turn not in self.plain_seconds:
-            start = turn * self.batch
-            self.plain_seconds[turn] = timed(
-                lambda: self.sampler(self.steps, self.batch, start, start + self.batch), torch.device("cpu")
-            )[1]
+            self.part(self.methods[0], turn)  # times it, unless another process has
+        if turn not in self.plain_seconds:
+            self.plain_seconds[turn] = timed(lambda: self._call(self.steps, turn), torch.device("cpu"))[1]
         return self.plain_seconds[turn]
+
+    def _call(self, steps: int, turn: int) -> Tensor:
+        """Returns the images of one batch."""
+        start = turn * self.batch
+        return self.sampler(steps, self.batch, start, start + self.batch)
 
     def images(self, method: Method) -> Tensor:
         """Returns all images of a method."""

@@ -157,7 +157,7 @@ def scale_of(pipe: Any, arguments: dict[str, Any], name: str) -> float:
         arguments: The arguments of its call.
         name: The name of the argument.
     """
-    return float(arguments.get(name, inspect.signature(type(pipe).__call__).parameters[name].default))
+    return float(_value_of(pipe, arguments, name))
 
 
 def guidance_of(pipe: Any, arguments: Mapping[str, Any]) -> float | None:
@@ -167,9 +167,14 @@ def guidance_of(pipe: Any, arguments: Mapping[str, Any]) -> float | None:
         pipe: The pipeline.
         arguments: The arguments of its call.
     """
-    known = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    value = arguments.get("guidance_scale", known.default if known else None)
+    value = _value_of(pipe, arguments, "guidance_scale")
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def _value_of(pipe: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """Returns an argument of a call, given or by default; None where the pipeline takes none of this name."""
+    known = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return arguments.get(name, known.default if known else None)
 
 
 def samples_of(pipe: Any, arguments: dict[str, Any]) -> int:

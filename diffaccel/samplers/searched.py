@@ -124,7 +124,7 @@ class S3(SolverAccelerator):
 
     def step_counts(self, pipe: Any) -> Sequence[int]:
         """Returns the numbers of evaluations that there is a schedule for."""
-        return sorted({schedule.evaluations for schedule in fitting(pipe, self.file)})
+        return [schedule.evaluations for schedule in fitting(pipe, self.file)]
 
     def scheduler(self, pipe: Any, given: Mapping[str, Any]) -> Any:
         """Returns the solver with the schedules that fit."""
